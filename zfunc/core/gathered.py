@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``GatherOnUse``: a parameter that lives in pieces and is gathered where it is used.
+
+To the loss it is a tensor of the full shape; the first torch function that touches it
+gathers it over its axis, and its transpose scatters the gradient as soon as the
+backward of that use is done. Inside ``remat`` it is gathered again in the recompute,
+a block's parameters in one message. So ZeRO-3 needs no hooks and no wrapped modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch._C._functorch import maybe_current_level
+
+from zfunc.core.sharding import Sharded, gather_buffers, is_sharded, with_rank
+from zfunc.core.tree import PyTree, tree_map
+
+_T = torch.Tensor
+# Answered from the full tensor's description, without gathering it.
+_METADATA: Final = frozenset(
+    {
+        _T.shape.__get__,
+        _T.dtype.__get__,
+        _T.device.__get__,
+        _T.ndim.__get__,
+        _T.layout.__get__,
+        _T.is_sparse.__get__,
+        _T.is_quantized.__get__,
+        _T.is_meta.__get__,
+        _T.is_cuda.__get__,
+        _T.is_cpu.__get__,
+        _T.itemsize.__get__,
+        _T.size,
+        _T.dim,
+        _T.numel,
+        _T.nelement,
+        _T.ndimension,
+        _T.element_size,
+        _T.is_floating_point,
+        _T.is_complex,
+        _T.__len__,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    }
+)
+_CASTS: Final = MappingProxyType(
+    {
+        _T.float: torch.float32,
+        _T.double: torch.float64,
+        _T.half: torch.float16,
+        _T.bfloat16: torch.bfloat16,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """How leaves travel: the axis, the dtype of gathers and the dtype of reductions."""
+
+    axis: str
+    gather_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+
+    def sent(self, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+        """What a gather sends: a narrower cast commutes with it, so it goes first."""
+        narrower = wanted.itemsize < stored.itemsize
+        return self.gather_dtype or (wanted if narrower else stored)
+
+
+class Group:
+    """Leaves that are gathered together, at the first use of any of them."""
+
+    __slots__ = ("dtypes", "leaves", "level", "memo", "wire")
+
+    def __init__(
+        self, leaves: list[Sharded], dtypes: list[torch.dtype], wire: Wire
+    ) -> None:
+        self.leaves, self.dtypes, self.wire = leaves, dtypes, wire
+        self.level = maybe_current_level()
+        self.memo: list[list[torch.Tensor]] = []
+
+    def full(self, index: int) -> torch.Tensor:
+        """The gathered tensor ``index``, kept for as long as the group lives."""
+        if maybe_current_level() != self.level:
+            # A transform inside the loss: its tensors must not outlive it.
+            return self._gather()[index]
+        if not self.memo:
+            self.memo.append(self._gather())
+        return self.memo[0][index]
+
+    def _gather(self) -> list[torch.Tensor]:
+        stored = [leaf.buffer.dtype for leaf in self.leaves]
+        sent = [self.wire.sent(*pair) for pair in zip(stored, self.dtypes, strict=True)]
+        fulls = gather_buffers(
+            self.leaves,
+            self.wire.axis,
+            wire_dtypes=sent,
+            reduce_dtype=self.wire.reduce_dtype,
+        )
+        return [f.to(d) for f, d in zip(fulls, self.dtypes, strict=True)]
+
+
+class GatherOnUse(torch.Tensor):
+    """A tensor of the full shape whose value is gathered at its first use.
+
+    Made by ``partition(zero=3)``; a loss treats it as the parameter it stands for.
+    """
+
+    _group: Group
+    _index: int
+
+    @staticmethod
+    def __new__(cls, group: Group, index: int) -> GatherOnUse:
+        leaf = group.leaves[index]
+        made: GatherOnUse = torch.Tensor._make_wrapper_subclass(
+            cls,
+            leaf.global_shape,
+            dtype=group.dtypes[index],
+            device=leaf.buffer.device,
+        )
+        made._group, made._index = group, index
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        leaf = self._group.leaves[self._index]
+        return f"GatherOnUse({leaf.global_shape}, {self.dtype}, {leaf.sharding.spec})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        target = _cast_target(func, args, kwargs)
+        if target is not None:
+            leaf, group = args[0]._group.leaves[args[0]._index], args[0]._group
+            return GatherOnUse(Group([leaf], [target], group.wire), 0)
+        args, kwargs = tree_map(_full, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Reached from C++ only, past ``__torch_function__``: gather as well."""
+        args, kwargs = tree_map(_full, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _full(value: Any) -> Any:
+    return value._group.full(value._index) if type(value) is GatherOnUse else value
+
+
+def _cast_target(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The dtype of a pure cast of a floating parameter, which may stay ungathered."""
+    target = _CASTS.get(func)
+    if func is _T.to and type(args[0]) is GatherOnUse:
+        rest = (*args[1:], *kwargs.values())
+        if len(rest) == 1 and isinstance(rest[0], torch.dtype):
+            target = rest[0]
+    return target if target is not None and target.is_floating_point else None
+
+
+def gather_on_use(tree: PyTree, wire: Wire) -> PyTree:
+    """The leaves that are sharded over ``wire.axis`` as ``GatherOnUse``, others whole.
+
+    Example:
+      >>> from zfunc.core.mesh import make_mesh
+      >>> from zfunc.core.sharding import NamedSharding, P, place
+      >>> leaf = place(torch.ones(3), NamedSharding(make_mesh({"data": 1}), P("data")))
+      >>> (gather_on_use(leaf, Wire("data")) * 2)
+      tensor([2., 2., 2.])
+    """
+
+    def one(leaf: Any) -> Any:
+        if wire.axis not in leaf.sharding.axes:
+            return leaf.buffer
+        return GatherOnUse(Group([leaf], [leaf.buffer.dtype], wire), 0)
+
+    return tree_map(one, tree, is_leaf=is_sharded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ungathered:
+    """What ``remat`` keeps of a ``GatherOnUse`` argument: all but the buffer."""
+
+    sharding: Any
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    wire: Wire
+
+
+def open_up(value: Any) -> tuple[Any, Any]:
+    """``(buffer, Ungathered)`` of a ``GatherOnUse``; ``(value, None)`` of all else."""
+    if type(value) is not GatherOnUse:
+        return value, None
+    group, i = value._group, value._index
+    leaf = group.leaves[i]
+    rest = Ungathered(leaf.sharding, leaf.global_shape, group.dtypes[i], group.wire)
+    return leaf.buffer, rest
+
+
+def close_up(buffers: list[Any], rests: list[Any], rank: Any) -> list[Any]:
+    """Undo ``open_up`` for the arguments of one block, which gather as one group."""
+    results = list(buffers)
+    for wire in dict.fromkeys(rest.wire for rest in rests if rest is not None):
+        where = [i for i, r in enumerate(rests) if r is not None and r.wire == wire]
+        leaves = [
+            Sharded(buffers[i], rests[i].sharding, rests[i].global_shape) for i in where
+        ]
+        if rank is not None:
+            leaves = with_rank(leaves, rank)
+        group = Group(leaves, [rests[i].dtype for i in where], wire)
+        for position, i in enumerate(where):
+            results[i] = GatherOnUse(group, position)
+    return results

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes: ranks arranged along named axes, in one of four kinds.
+
+``local`` is this process alone; ``process`` spans a torch.distributed job;
+``simulated`` is one level of ``torch.vmap`` (all ranks in this process);
+``abstract`` has sizes only. Collectives interpret the kind; nothing else looks at it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from zfunc.core.errors import MeshError
+
+Kind = Literal["local", "process", "simulated", "abstract"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks arranged along named axes; made by ``make_mesh`` or ``AbstractMesh``.
+
+    Two meshes are equal when axes, kind and device type are: this rank's place in the
+    mesh (``rank``, row-major over the axes) is data, not identity, so that a pytree's
+    structure is the same on every rank.
+
+    Example:
+      >>> make_mesh({"data": 1}).shape
+      {'data': 1}
+    """
+
+    axes: tuple[tuple[str, int], ...]
+    kind: Kind
+    device_type: str = "cpu"
+    rank: int | torch.Tensor = field(default=0, compare=False, repr=False)
+    groups: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis sizes by name."""
+        return dict(self.axes)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(n for _, n in self.axes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's buffers live."""
+        if self.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.device_type)
+
+    def axis_position(self, axis: str) -> int:
+        """Index of ``axis`` among the axes; an unknown name is a ``MeshError``."""
+        names = [name for name, _ in self.axes]
+        if axis not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise MeshError(
+                f"axis {axis!r} is not an axis of the mesh {self.shape}; "
+                f"its axes: {known}"
+            )
+        return names.index(axis)
+
+    def axis_size(self, axis: str) -> int:
+        """Number of ranks along ``axis``."""
+        return self.axes[self.axis_position(axis)][1]
+
+    def axis_index(self, axis: str) -> Any:
+        """This rank's coordinate along ``axis`` (a tensor on a simulated mesh)."""
+        position = self.axis_position(axis)
+        stride = math.prod(n for _, n in self.axes[position + 1 :])
+        return (self.rank // stride) % self.axes[position][1]
+
+    def group(self, axis: str) -> str:
+        """Name of the process group along ``axis``."""
+        position = self.axis_position(axis)
+        return self.groups[position] if self.groups else f"abstract:{axis}"
+
+
+def AbstractMesh(axes: Mapping[str, int]) -> Mesh:  # noqa: N802 (JAX's name)
+    """A mesh of sizes only: trace and plan for any number of ranks without ranks.
+
+    Collectives on it run on fake tensors (see ``abstract``) and need no process group.
+
+    Example:
+      >>> AbstractMesh({"data": 1024}).size
+      1024
+    """
+    return Mesh(_checked_axes(axes), "abstract")
+
+
+def make_mesh(
+    axes: Mapping[str, int],
+    *,
+    device: Literal["cpu", "cuda"] | None = None,
+    timeout_s: float | None = None,
+) -> Mesh:
+    """The mesh of the running job, from torchrun's environment.
+
+    ``{}`` is this process alone, also inside a job; a mesh of one rank needs no process
+    group. A larger mesh joins the job that torchrun started (gloo on CPU, NCCL on GPU)
+    and its size must be the job's.
+
+    Args:
+      axes: axis name to number of ranks, row-major: the last axis is the nearest.
+      device: "cuda" where torch sees GPUs, else "cpu".
+      timeout_s: seconds after which a collective gives up; torch's default if None.
+
+    Raises:
+      MeshError: bad names or sizes, or a size that is not the job's. Nothing has been
+        started when it is raised.
+
+    Differs from DeepSpeed: no environment variable of its own, no global group.
+
+    Example:
+      >>> make_mesh({"data": 1})
+      Mesh(axes=(('data', 1),), kind='local', device_type='cpu')
+    """
+    checked = _checked_axes(axes)
+    size = math.prod(n for _, n in checked)
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world = _world_size()
+    if checked and size != world:
+        raise MeshError(
+            f"the mesh {dict(checked)} has {size} ranks but this job has {world}: "
+            f"start it with `torchrun --nproc-per-node {size} ...` or make the product "
+            f"of the axis sizes {world}. (zfunc.testing.simulate runs all the ranks "
+            "of a mesh in one process.)"
+        )
+    if size == 1:
+        return Mesh(checked, "local", device_type)
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        limit = None if timeout_s is None else timedelta(seconds=timeout_s)
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=limit)
+    names = tuple(name for name, _ in checked)
+    sizes = tuple(n for _, n in checked)
+    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    groups = tuple(device_mesh.get_group(name).group_name for name in names)
+    return Mesh(checked, "process", device_type, dist.get_rank(), groups, device_mesh)
+
+
+def _world_size() -> int:
+    """Ranks of the running job: torchrun's environment, or the group already made."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _checked_axes(axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    if not isinstance(axes, Mapping):
+        raise MeshError(
+            f'a mesh is made from axis sizes by name, as {{"data": 2}}; got {axes!r}'
+        )
+    for name, size in axes.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise MeshError(f"an axis name is an identifier such as 'data'; {name!r}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise MeshError(f"axis {name!r} has size {size!r}; it must be an int >= 1")
+    return tuple(axes.items())

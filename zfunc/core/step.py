@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step as four pure functions, each of which a transformation may replace."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from zfunc.core.autodiff import value_and_grad
+from zfunc.core.errors import LossError, PlacementError
+from zfunc.core.random import fold_in
+from zfunc.core.sharding import Sharded, global_norm, is_sharded
+from zfunc.core.state import Mean, Metrics, TrainState, check_usable, consume
+from zfunc.core.tree import (
+    PyTree,
+    check_structure,
+    leaves_with_path,
+    map_with_path,
+    pytree,
+    tree_leaves,
+    tree_map,
+    tree_structure,
+)
+
+T = TypeVar("T")
+
+
+class Samples(NamedTuple):
+    """The step's key, and the index of each sample of the batch in the global batch."""
+
+    key: torch.Tensor
+    index: torch.Tensor
+
+
+@pytree
+class Tally:
+    """What a loss returns, as sums: they add up over microbatches and ranks."""
+
+    loss: Mean
+    aux: PyTree
+
+
+LossFn = Callable[[PyTree, PyTree, Samples], Tally]
+GradFn = Callable[[PyTree, PyTree, Samples], tuple[Tally, PyTree]]
+
+
+def named(fn: T, name: str) -> T:
+    """The function under the name that ``repr(step)`` shows."""
+    fn.__name__ = fn.__qualname__ = name  # type: ignore[attr-defined]
+    return fn
+
+
+def local_grad(loss: LossFn) -> GradFn:
+    """The slot ``grad`` of a step of one rank: autodiff and nothing else."""
+
+    def grad_fn(
+        params: PyTree, batch: PyTree, samples: Samples
+    ) -> tuple[Tally, PyTree]:
+        plain = map_with_path(_only_rank, params, is_leaf=is_sharded)
+
+        def total(p: PyTree) -> tuple[torch.Tensor, Tally]:
+            tally = loss(p, batch, samples)
+            return tally.loss.total, tally
+
+        (_, tally), grads = value_and_grad(total, has_aux=True)(plain)
+        return tally, placed_like(params, grads)
+
+    return grad_fn
+
+
+def _only_rank(path: str, leaf: Any) -> Any:
+    if is_sharded(leaf) and leaf.sharding.mesh.size > 1:
+        mesh = leaf.sharding.mesh
+        raise PlacementError(
+            f"params[{path!r}] lives on the mesh {mesh.shape} but no transformation of "
+            f"this step uses it: add zf.partition(zero=..., axis="
+            f"{next(iter(mesh.shape))!r}) to zf.train_step."
+        )
+    return leaf.buffer if is_sharded(leaf) else leaf
+
+
+def placed_like(like: PyTree, plain: PyTree) -> PyTree:
+    """``plain`` with each tensor placed as the leaf of ``like`` in its position."""
+
+    def one(leaf: Any, x: torch.Tensor) -> Any:
+        return Sharded(x, leaf.sharding, leaf.global_shape) if is_sharded(leaf) else x
+
+    return tree_map(one, like, plain, is_leaf=is_sharded)
+
+
+def keep(grad_fn: GradFn) -> GradFn:
+    """The slot ``accumulate`` of a step of one microbatch: nothing to add up."""
+    return grad_fn
+
+
+class TrainStep(NamedTuple):
+    """``(state, batch) -> state`` as four pure functions; made by ``train_step``.
+
+    ``loss`` runs inside autodiff; ``grad`` is around it, once per microbatch;
+    ``accumulate`` is around that, once per step; ``tx`` comes after the gradient. A
+    transformation replaces a slot, so those of different slots commute.
+
+    Example:
+      >>> train_step(lambda p, b: (p * b).sum(), _example_tx()).accumulate is keep
+      True
+    """
+
+    loss: LossFn
+    tx: Any
+    grad: Callable[[LossFn], GradFn] = local_grad
+    accumulate: Callable[[GradFn], GradFn] = keep
+
+    def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
+        """One step: the gradient of the mean loss, the update, the metrics."""
+        return self.run(check_usable(state), batch, apply=torch.add)
+
+    def run(
+        self, state: TrainState, batch: PyTree, *, apply: Callable[..., torch.Tensor]
+    ) -> TrainState:
+        """One step whose parameters are ``apply(p, update)``: ``add``, or in place."""
+        params, moments, step, key = state.params, state.moments, state.step, state.key
+        del state  # a donated state is freed as it is used up
+        if moments is None:
+            moments = self.tx.init(params)
+        else:
+            self._check_moments(params, moments)
+        samples = Samples(fold_in(key, step), _sample_index(batch, key))
+        grad_fn = self.accumulate(self.grad(self.loss))
+        tally, grads = grad_fn(params, batch, samples)
+        weight = tally.loss.weight
+        divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
+        grads = tree_map(lambda g: (g / divisor).to(g.dtype), grads)
+        updates, moments = self.tx.update(grads, moments, params)
+        params = tree_map(lambda p, u: apply(p, u.to(p.dtype)), params, updates)
+        del updates
+        values = tree_map(Mean.value, tally, is_leaf=lambda x: isinstance(x, Mean))
+        metrics = Metrics(values.loss, global_norm(grads), values.aux)
+        return TrainState(step + 1, params, grads, moments, key, metrics)
+
+    def _check_moments(self, params: PyTree, moments: PyTree) -> None:
+        shapes = tree_map(lambda p: torch.empty_like(p, device="meta"), params)
+        expected = self.tx.init(shapes)
+        if tree_structure(expected) != tree_structure(moments):
+            check_structure(
+                expected,
+                moments,
+                "state.moments",
+                "They belong to another optimizer or other parameters: make the state "
+                "with zf.shard(params, mesh, tx=tx), or start this optimizer afresh "
+                "with state.replace(moments=None).",
+            )
+
+    def __repr__(self) -> str:
+        slots = (self.loss, self.grad, self.accumulate)
+        names = " ".join(
+            f"{slot}={getattr(fn, '__name__', fn)}"
+            for slot, fn in zip(("loss", "grad", "accumulate"), slots, strict=True)
+        )
+        return f"<TrainStep {names}>"
+
+
+Transform = Callable[[TrainStep], TrainStep]
+
+
+def train_step(loss_fn: Callable[..., Any], tx: Any, *transforms: Transform) -> TrainStep:
+    r"""The pure step :math:`(s, b) \mapsto s'` of a loss, an optimizer, transformations.
+
+    Args:
+      loss_fn: ``(params, batch)`` or ``(params, batch, key)`` to a floating scalar, to
+        ``(scalar, aux)``, or to a ``Mean`` in the scalar's place. ``batch`` is this
+        rank's slice along the data axis. ``key`` has one key per sample (int64 [B]),
+        the same whatever the mesh and the microbatches. ``aux`` is a pytree of scalars
+        or ``Mean``; it comes out, averaged, as ``state.metrics.aux``.
+      tx: a ``GradientTransformation``, from ``zfunc.optim``.
+      *transforms: ``partition``, ``precision``, ``accumulate``, in any order.
+
+    Laws: the step is a pure function (nothing it is given changes); sharded equals
+    unsharded; transformations of different slots commute bitwise.
+
+    Differs from DeepSpeed: no engine, no ``backward`` and ``step`` calls to order.
+
+    Raises:
+      TypeError: something that is not a loss, an optimizer or a transformation.
+
+    Example:
+      >>> from zfunc.core.mesh import make_mesh
+      >>> from zfunc.core.state import shard
+      >>> step = train_step(lambda p, batch: ((p - batch) ** 2).mean(), _example_tx())
+      >>> state = step(shard(torch.zeros(2), make_mesh({})), torch.ones(2))
+      >>> state.metrics.loss, state.params.buffer
+      (tensor(1.), tensor([0.1000, 0.1000]))
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got a {type(loss_fn).__name__}")
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            f"tx must be a GradientTransformation such as zf.optim.adamw(3e-4), got "
+            f"{tx!r}. (Transformations such as partition come after it.)"
+        )
+    step = TrainStep(_tallying(loss_fn), tx)
+    for transform in transforms:
+        made = transform(step) if callable(transform) else None
+        if not isinstance(made, TrainStep):
+            raise TypeError(
+                f"{transform!r} is not a transformation of a TrainStep: call its maker, "
+                "as in zf.partition(zero=3)."
+            )
+        step = made
+    return step
+
+
+def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
+    """The same step, bit for bit, which consumes its input's buffers.
+
+    Gradients of the last step are freed before the backward, moments as soon as the new
+    ones exist, parameters are updated in place. Every leaf of the old state's params,
+    grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
+    stay readable.
+
+    Laws: ``donate(step) == step`` bitwise.
+
+    Example:
+      >>> from zfunc.core.mesh import make_mesh
+      >>> from zfunc.core.state import shard
+      >>> step = donate(train_step(lambda p, b: (p * b).sum(), _example_tx()))
+      >>> old = shard(torch.ones(2), make_mesh({}))
+      >>> step(old, torch.ones(2)).params.buffer
+      tensor([0.9000, 0.9000])
+      >>> old.params.buffer + 1
+      Traceback (most recent call last):
+      zfunc.core.errors.DonatedBufferError: state.params[''] was donated to a step ...
+    """
+    if not isinstance(step, TrainStep):
+        raise TypeError(f"donate takes a TrainStep, got a {type(step).__name__}")
+
+    @functools.wraps(step.__call__)
+    def donating(state: TrainState, batch: PyTree) -> TrainState:
+        return step.run(_taken(check_usable(state)), batch, apply=torch.Tensor.add_)
+
+    return donating
+
+
+def _taken(state: TrainState) -> TrainState:
+    consume(state.grads, "grads")
+    return state.replace(
+        params=consume(state.params, "params"),
+        grads=None,
+        moments=consume(state.moments, "moments"),
+    )
+
+
+def _sample_index(batch: PyTree, key: torch.Tensor) -> torch.Tensor:
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()]
+    return torch.arange(tensors[0].shape[0] if tensors else 0, device=key.device)
+
+
+def _tallying(loss_fn: Callable[..., Any]) -> LossFn:
+    """The user's loss as a function of sums."""
+    takes_key = _num_positional(loss_fn) >= 3
+
+    def loss(params: PyTree, batch: PyTree, samples: Samples) -> Tally:
+        keys = (fold_in(samples.key, samples.index),) if takes_key else ()
+        out = loss_fn(params, batch, *keys)
+        pair = isinstance(out, tuple) and len(out) == 2
+        value, aux = out if pair else (out, {})
+        return Tally(_mean(value, "the loss"), _aux_means(aux))
+
+    return named(loss, getattr(loss_fn, "__name__", type(loss_fn).__name__))
+
+
+def _num_positional(fn: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # builtins have none
+        return 2
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [
+        p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty
+    ]
+    optional_key = any(p.name in ("key", "keys") for p in parameters if p.kind in kinds)
+    return 3 if optional_key else len(required)
+
+
+def _aux_means(aux: PyTree) -> PyTree:
+    def is_mean(x: Any) -> bool:
+        return isinstance(x, Mean)
+
+    for path, leaf in leaves_with_path(aux, is_mean):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            raise LossError(
+                f"aux[{path!r}] has shape {tuple(leaf.shape)}: metrics are scalars. "
+                "Reduce it (.mean()), or return Mean(total, weight)."
+            )
+    return map_with_path(lambda p, x: _mean(x, f"aux[{p!r}]"), aux, is_mean)
+
+
+def _mean(value: Any, what: str) -> Mean:
+    """``value`` as a Mean of float32 or wider scalars; a plain scalar weighs 1."""
+    if isinstance(value, (bool, int, float)) and what != "the loss":
+        value = torch.tensor(float(value))
+    mean = value if isinstance(value, Mean) else Mean(value, torch.ones(()))
+    if not isinstance(mean.total, torch.Tensor) or mean.total.dim():
+        got = (
+            f"shape {tuple(mean.total.shape)}"
+            if isinstance(mean.total, torch.Tensor)
+            else f"a {type(mean.total).__name__}"
+        )
+        raise LossError(
+            f"{what} must be a 0-d tensor or Mean(total, weight), got {got}: reduce it, "
+            "with .mean() or .sum()."
+        )
+    if what == "the loss" and not mean.total.is_floating_point():
+        raise LossError(f"the loss must be floating, got {mean.total.dtype}")
+    weight = torch.as_tensor(mean.weight, device=mean.total.device)
+    if weight.dim():
+        raise LossError(f"{what}: the weight of a Mean is 0-d, got {weight.shape}")
+    if weight.requires_grad:
+        raise LossError(
+            f"{what}: the weight of a Mean depends on the parameters, and its gradient "
+            "would be dropped: make it from the batch alone, or detach it."
+        )
+    wide = torch.promote_types(mean.total.dtype, torch.float32)
+    return Mean(mean.total.to(wide), weight.to(wide))
+
+
+def _example_tx() -> Any:
+    """Gradient descent with rate 0.1, for the examples of this layer."""
+
+    class Descent(NamedTuple):
+        init: Any
+        update: Any
+
+    return Descent(
+        lambda params: (), lambda g, m, p: (tree_map(lambda x: -0.1 * x, g), m)
+    )

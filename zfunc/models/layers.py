@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms and rotary positions: pure functions, in fp32 or wider inside.
+
+Shape suffixes: B batch, T time, D model, H heads, K head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widen(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for statistics, angles and losses: fp32, or fp64 if given fp64.
+
+    Args:
+      dtype: A floating dtype.
+
+    Returns:
+      The wider of ``dtype`` and ``torch.float32``.
+
+    Examples:
+      >>> widen(torch.bfloat16), widen(torch.float64)
+      (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+    r"""Root-mean-square norm, :math:`x / \sqrt{\mathrm{mean}(x^2) + eps} \cdot s`.
+
+    Args:
+      x: ``[..., D]``, any floating dtype.
+      scale_D: The scale s, ``[D]``.
+      eps: Added to the mean square.
+
+    Returns:
+      ``[..., D]`` in the dtype of ``x``; computed in ``widen(x.dtype)``.
+
+    Examples:
+      >>> rms_norm(torch.tensor([3.0, -3.0]), torch.ones(2), eps=0.0)
+      tensor([ 1., -1.])
+
+    References:
+      Zhang and Sennrich, `RMSNorm <https://arxiv.org/abs/1910.07467>`_, 2019.
+
+    Differs from:
+      Hugging Face's Llama rounds to the dtype of ``x`` before it multiplies by the
+      scale; here the result is rounded once.
+    """
+    wide = x.to(widen(x.dtype))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale_D).to(x.dtype)
+
+
+def layer_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+    """Layer norm without a bias: ``rms_norm`` of the centred input.
+
+    Args:
+      x: ``[..., D]``, any floating dtype.
+      scale_D: The scale, ``[D]``.
+      eps: Added to the variance.
+
+    Returns:
+      ``[..., D]`` in the dtype of ``x``; computed in ``widen(x.dtype)``.
+
+    Examples:
+      >>> layer_norm(torch.tensor([1.0, 3.0]), torch.ones(2), eps=0.0)
+      tensor([-1.,  1.])
+
+    References:
+      Ba et al., `Layer Normalization <https://arxiv.org/abs/1607.06450>`_, 2016.
+    """
+    wide = x.to(widen(x.dtype))
+    wide = wide - wide.mean(-1, keepdim=True)
+    return rms_norm(wide, scale_D, eps).to(x.dtype)
+
+
+def rope_tables(
+    num_positions: int, head_dim: int, theta: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Cosines and sines of the rotary angles :math:`t \cdot \theta^{-2i/K}`.
+
+    Args:
+      num_positions: Positions t run from 0 to ``num_positions - 1``.
+      head_dim: K, even.
+      theta: Base of the wavelengths.
+      like: Gives the device, and the dtype ``widen(like.dtype)``.
+
+    Returns:
+      ``(cos, sin)``, each ``[num_positions, K / 2]``.
+
+    Examples:
+      >>> cos, sin = rope_tables(3, 4, 10_000.0, torch.zeros(()))
+      >>> cos.shape, cos[0], sin[0]
+      (torch.Size([3, 2]), tensor([1., 1.]), tensor([0., 0.]))
+
+    References:
+      Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021, section 3.4.
+    """
+    options: Any = {"dtype": widen(like.dtype), "device": like.device}
+    exponent_K = torch.arange(0, head_dim, 2, **options) / head_dim
+    frequency_K = 1.0 / theta**exponent_K
+    angle_TK = torch.arange(num_positions, **options)[:, None] * frequency_K
+    return angle_TK.cos(), angle_TK.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Turn each pair of coordinates ``(i, i + K / 2)`` by its angle.
+
+    Args:
+      x_BHTK: Queries or keys ``[..., T, K]``.
+      cos_TK: Cosines ``[T, K / 2]``, from ``rope_tables``.
+      sin_TK: Sines ``[T, K / 2]``.
+
+    Returns:
+      ``[..., T, K]`` in the dtype of ``x_BHTK``; computed in that of the tables.
+
+    Examples:
+      >>> x = torch.tensor([[1.0, 0.0]])
+      >>> rotate(x, torch.zeros(1, 1), torch.ones(1, 1))  # by a right angle
+      tensor([[0., 1.]])
+
+    Differs from:
+      The paper pairs neighbours ``(2i, 2i + 1)``; this is the layout of Llama's
+      weights on Hugging Face. Their Llama turns in the dtype of ``x_BHTK``; fp32
+      matters for long contexts in bf16.
+    """
+    a, b = x_BHTK.to(cos_TK.dtype).chunk(2, dim=-1)
+    turned = torch.cat([a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK], dim=-1)
+    return turned.to(x_BHTK.dtype)
