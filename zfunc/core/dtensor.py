@@ -6,6 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn.functional import pad
 
@@ -13,6 +16,19 @@ from zfunc.core.errors import PlacementError
 from zfunc.core.mesh import Mesh
 from zfunc.core.sharding import NamedSharding, P, Sharded, is_sharded
 from zfunc.core.tree import PyTree, map_with_path, tree_map
+
+
+def _device_mesh(mesh: Mesh) -> DeviceMesh:
+    """The DeviceMesh over the mesh's own process groups."""
+    groups = [_resolve_process_group(name) for name in mesh.groups]  # type: ignore[arg-type]
+    if len(groups) == 1:
+        one = dist.get_process_group_ranks(groups[0])
+        names = tuple(mesh.shape)
+        return DeviceMesh.from_group(groups[0], mesh.device_type, one, mesh_dim_names=names)
+    ranks = torch.arange(mesh.size).view(tuple(mesh.shape.values()))
+    return DeviceMesh.from_group(
+        groups, mesh.device_type, ranks, mesh_dim_names=tuple(mesh.shape)
+    )
 
 
 def to_dtensor(tree: PyTree) -> PyTree:
@@ -29,7 +45,7 @@ def to_dtensor(tree: PyTree) -> PyTree:
         if not is_sharded(leaf):
             return leaf
         mesh = leaf.sharding.mesh
-        if mesh.device_mesh is None:
+        if mesh.kind != "process":
             raise PlacementError(
                 f"to_dtensor needs a mesh of processes, not a {mesh.kind} one: make it "
                 "with zf.make_mesh under torchrun."
@@ -45,7 +61,7 @@ def to_dtensor(tree: PyTree) -> PyTree:
         shape = torch.Size(leaf.global_shape)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, mesh.device_mesh, placements, shape=shape, stride=stride
+            local, _device_mesh(mesh), placements, shape=shape, stride=stride
         )
 
     return tree_map(one, tree, is_leaf=is_sharded)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from zfunc.core.errors import MeshError
 
@@ -42,7 +42,6 @@ class Mesh:
     device_type: str = "cpu"
     rank: int | torch.Tensor = field(default=0, compare=False, repr=False)
     groups: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    device_mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -148,9 +147,11 @@ def make_mesh(
         dist.init_process_group(backend, timeout=limit)
     names = tuple(name for name, _ in checked)
     sizes = tuple(n for _, n in checked)
+    # Names, not the DeviceMesh: one that lives until the interpreter exits takes its
+    # gloo threads down with an abort (torch 2.13).
     device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
     groups = tuple(device_mesh.get_group(name).group_name for name in names)
-    return Mesh(checked, "process", device_type, dist.get_rank(), groups, device_mesh)
+    return Mesh(checked, "process", device_type, dist.get_rank(), groups)
 
 
 def _world_size() -> int:

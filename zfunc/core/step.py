@@ -21,10 +21,13 @@ from zfunc.core.tree import (
     leaves_with_path,
     map_with_path,
     pytree,
+    tree_flatten,
     tree_leaves,
     tree_map,
     tree_structure,
+    tree_unflatten,
 )
+from zfunc.core.update import consuming_update, pure_update
 
 T = TypeVar("T")
 
@@ -116,12 +119,12 @@ class TrainStep(NamedTuple):
 
     def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
         """One step: the gradient of the mean loss, the update, the metrics."""
-        return self.run(check_usable(state), batch, apply=torch.add)
+        return self.run(check_usable(state), batch, pure_update)
 
     def run(
-        self, state: TrainState, batch: PyTree, *, apply: Callable[..., torch.Tensor]
+        self, state: TrainState, batch: PyTree, update: Callable[..., Any]
     ) -> TrainState:
-        """One step whose parameters are ``apply(p, update)``: ``add``, or in place."""
+        """One step whose optimizer runs as ``update``: pure, or consuming."""
         params, moments, step, key = state.params, state.moments, state.step, state.key
         del state  # a donated state is freed as it is used up
         if moments is None:
@@ -133,10 +136,14 @@ class TrainStep(NamedTuple):
         tally, grads = grad_fn(params, batch, samples)
         weight = tally.loss.weight
         divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
-        grads = tree_map(lambda g: (g / divisor).to(g.dtype), grads)
-        updates, moments = self.tx.update(grads, moments, params)
-        params = tree_map(lambda p, u: apply(p, u.to(p.dtype)), params, updates)
-        del updates
+        leaves, spec = tree_flatten(grads)
+        del grads
+        for i, g in enumerate(leaves):  # one at a time: each frees the one it replaces
+            leaves[i] = (g / divisor).to(g.dtype)
+            del g
+        grads = tree_unflatten(spec, leaves)
+        del leaves
+        params, moments = update(self.tx, grads, moments, params)
         values = tree_map(Mean.value, tally, is_leaf=lambda x: isinstance(x, Mean))
         metrics = Metrics(values.loss, global_norm(grads), values.aux)
         return TrainState(step + 1, params, grads, moments, key, metrics)
@@ -216,8 +223,8 @@ def train_step(loss_fn: Callable[..., Any], tx: Any, *transforms: Transform) -> 
 def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     """The same step, bit for bit, which consumes its input's buffers.
 
-    Gradients of the last step are freed before the backward, moments as soon as the new
-    ones exist, parameters are updated in place. Every leaf of the old state's params,
+    Gradients of the last step are freed before the backward; parameters and moments are
+    updated in place, a group of leaves at a time where the optimizer is leafwise. Every leaf of the old state's params,
     grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
     stay readable.
 
@@ -239,12 +246,18 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
 
     @functools.wraps(step.__call__)
     def donating(state: TrainState, batch: PyTree) -> TrainState:
-        return step.run(_taken(check_usable(state)), batch, apply=torch.Tensor.add_)
+        return step.run(_taken(check_usable(state)), batch, consuming_update)
 
     return donating
 
 
 def _taken(state: TrainState) -> TrainState:
+    for path, leaf in leaves_with_path(state.params, is_sharded):
+        if not is_sharded(leaf):
+            raise PlacementError(
+                f"params[{path!r}] is a plain tensor, which a step cannot take over: "
+                "make the state with zf.shard(params, mesh), or do not donate."
+            )
     consume(state.grads, "grads")
     return state.replace(
         params=consume(state.params, "params"),

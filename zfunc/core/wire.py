@@ -25,7 +25,10 @@ from zfunc.core.errors import MeshError
 from zfunc.core.mesh import Mesh
 
 Tensors = list[torch.Tensor]
-BUCKET_BYTES = 32 * 2**20
+# Small tensors share a message (0.3 ms of latency each on gloo); large ones go alone,
+# which saves the copy into a bucket.
+BUCKET_BYTES = 4 * 2**20
+ALONE_BYTES = 2**18
 SMALL_REDUCTION_ELEMENTS = 2**12
 
 
@@ -294,8 +297,9 @@ def _by_bucket(fn: Callable[[Tensors], Tensors], xs: Tensors) -> Tensors:
 def _split(indices: list[int], sizes_bytes: list[int]) -> list[list[int]]:
     buckets: list[list[int]] = []
     filled_bytes = BUCKET_BYTES + 1
-    for i in indices:
-        if filled_bytes + sizes_bytes[i] > BUCKET_BYTES:
+    for i in sorted(indices, key=lambda i: sizes_bytes[i] >= ALONE_BYTES):
+        alone = sizes_bytes[i] >= ALONE_BYTES
+        if alone or filled_bytes + sizes_bytes[i] > BUCKET_BYTES:
             buckets.append([])
             filled_bytes = 0
         buckets[-1].append(i)

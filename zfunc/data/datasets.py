@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 StrPath = str | os.PathLike[str]
 
 _TEXT_PATTERNS = ("*.py", "*.txt", "*.md", "*.rst", "*.toml", "*.json", "*.yaml")
-_NOT_SOURCES = frozenset(
+_NOT_SOURCES: Final = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
 _CHUNK_TOKENS = 2**20

@@ -119,9 +119,10 @@ class _CpuAttentionPullback(torch.autograd.Function):
     """The transpose of ``_CpuAttention``, with the same vmap rule."""
 
     @staticmethod
-    def forward(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *rows, logsumexp = tensors
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_rows(grad_out, *saved), 0.0, True
+            *_rows(*rows), logsumexp, 0.0, True
         )
         return dq, dk, dv
 

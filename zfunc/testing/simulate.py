@@ -12,10 +12,23 @@ import torch
 from zfunc.core.mesh import AbstractMesh, Mesh
 from zfunc.core.sharding import with_rank
 from zfunc.core.state import TrainState, shard, unshard
-from zfunc.core.tree import PyTree, leaves_with_path, tree_flatten, tree_map, tree_unflatten
+from zfunc.core.step import TrainStep
+from zfunc.core.tree import (
+    PyTree,
+    leaves_with_path,
+    map_with_path,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+
+# To mypy a NamedTuple with __call__ is not a Callable.
+Step = TrainStep | Callable[[TrainState, PyTree], TrainState]
 
 
-def spmd(fn: Callable[..., PyTree], mesh_shape: Mapping[str, int]) -> Callable[..., PyTree]:
+def spmd(
+    fn: Callable[..., PyTree], mesh_shape: Mapping[str, int]
+) -> Callable[..., PyTree]:
     """Run ``fn(mesh, *args)`` as every rank of a mesh at once, in this process.
 
     The arguments and the result are pytrees whose tensors have the ranks as their first
@@ -40,8 +53,8 @@ def spmd(fn: Callable[..., PyTree], mesh_shape: Mapping[str, int]) -> Callable[.
             shape = tuple(getattr(leaf, "shape", ()))
             if not shape or shape[0] != frozen.size:
                 raise ValueError(
-                    f"argument {path}: the first dim must be the {frozen.size} ranks of "
-                    f"{frozen.shape}; got shape {shape}. (torch.stack one per rank.)"
+                    f"argument {path}: the first dim must be the {frozen.size} ranks "
+                    f"of {frozen.shape}; got shape {shape}. (torch.stack one per rank.)"
                 )
         out_spec: list[Any] = []
 
@@ -65,8 +78,9 @@ class Simulation(NamedTuple):
 
     Example:
       >>> import zfunc as zf
-      >>> step = zf.train_step(lambda p, b: (p * b).sum(), zf.optim.sgd(0.5),
-      ...                      zf.partition(zero=1))
+      >>> step = zf.train_step(
+      ...     lambda p, b: (p * b).sum(), zf.optim.sgd(0.5), zf.partition(zero=1)
+      ... )
       >>> sim = simulate(step, {"data": 2})
       >>> state = sim.shard(torch.ones(3))
       >>> state = sim(state, torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
@@ -74,7 +88,7 @@ class Simulation(NamedTuple):
       tensor([0., 0., 0.])
     """
 
-    step: Callable[[TrainState, PyTree], TrainState]
+    step: Step
     mesh_shape: Mapping[str, int]
 
     @property
@@ -101,23 +115,60 @@ class Simulation(NamedTuple):
         return self.unshard_all(state)[0]
 
     def unshard_all(self, state: TrainState) -> list[TrainState]:
-        """The full state as each rank sees it (they are equal unless something broke)."""
+        """The full state as each rank sees it: equal, unless something broke."""
         stacked = spmd(lambda mesh, s: unshard(s), self.mesh_shape)(state)
-        return [tree_map(lambda x: x[r], stacked) for r in range(self.num_ranks)]
+        leaves, spec = tree_flatten(stacked)
+        rows = zip(*[leaf.unbind(0) for leaf in leaves], strict=True)
+        return [tree_unflatten(spec, row) for row in rows]
 
 
-def simulate(
-    step: Callable[[TrainState, PyTree], TrainState], mesh_shape: Mapping[str, int]
-) -> Simulation:
+def simulate(step: Step, mesh_shape: Mapping[str, int]) -> Simulation:
     """``step`` on every rank of a mesh, in one process and without a process group.
 
     Example:
       >>> import zfunc as zf
-      >>> step = zf.train_step(lambda p, b: (p * b).sum(), zf.optim.sgd(1.0),
-      ...                      zf.partition(zero=3))
+      >>> step = zf.train_step(
+      ...     lambda p, b: (p * b).sum(), zf.optim.sgd(1.0), zf.partition(zero=3)
+      ... )
       >>> sim = simulate(step, {"data": 2})
       >>> state = sim(sim.shard(torch.ones(3)), torch.ones(2, 3))
       >>> sim.unshard(state).grads
       tensor([1., 1., 1.])
     """
     return Simulation(step, mesh_shape)
+
+
+def split_batch(
+    batch: PyTree, mesh_shape: Mapping[str, int], axis: str = "data"
+) -> PyTree:
+    """A global batch as the slices that the ranks are given, stacked by rank.
+
+    Dim 0 is divided over ``axis``; ranks that differ along other axes get the same
+    samples. 0-d tensors go to every rank.
+
+    Raises:
+      MeshError: ``axis`` is not an axis of the mesh.
+      ValueError: a dim 0 that the axis does not divide, with the path.
+
+    Example:
+      >>> split_batch(torch.arange(4), {"data": 2})
+      tensor([[0, 1],
+              [2, 3]])
+    """
+    mesh = AbstractMesh(mesh_shape)
+    n = mesh.axis_size(axis)
+    seen_from = [dataclasses.replace(mesh, rank=r) for r in range(mesh.size)]
+    slices = [one.axis_index(axis) for one in seen_from]
+
+    def one(path: str, x: torch.Tensor) -> torch.Tensor:
+        if not x.dim():
+            return x.expand(mesh.size)
+        if x.shape[0] % n:
+            raise ValueError(
+                f"batch[{path!r}] has {x.shape[0]} samples, which the {n} ranks of "
+                f"axis {axis!r} do not divide: give a multiple of {n}."
+            )
+        parts: torch.Tensor = x.unflatten(0, (n, x.shape[0] // n))
+        return parts[slices]
+
+    return map_with_path(one, batch)

@@ -430,6 +430,22 @@ def test_dropout_of_a_sample_does_not_depend_on_its_batch():
     assert not torch.equal(whole, other)
 
 
+def test_dropout_has_a_key_of_its_own_at_every_site(monkeypatch):
+    sites = []
+
+    def spy(keys: Tensor, x: Tensor, rate: float) -> Tensor:
+        sites.append((tuple(keys.tolist()), x.shape, rate))
+        return x
+
+    monkeypatch.setattr("zfunc.core.random.dropout", spy)
+    params, tokens = gpt.init(DROPPING), tokens_of(DROPPING, 2, 9)
+    gpt.apply(params, tokens, DROPPING, keys=keys_of(2))
+    # The embedding, and both residual branches of each layer.
+    assert len(sites) == 1 + 2 * DROPPING.n_layers
+    assert len({key for keys, _, _ in sites for key in keys}) == 2 * len(sites)
+    assert all(site[1:] == ((2, 9, 32), 0.25) for site in sites)
+
+
 def test_dropout_is_off_without_keys_or_rate():
     params, tokens = gpt.init(SMALL), tokens_of(SMALL, 2, 9)
     expected = gpt.apply(params, tokens, SMALL)
@@ -615,5 +631,5 @@ def test_argument_errors():
     batch = {"tokens": tokens, "mask": torch.ones(2, 4)}
     with pytest.raises(ValueError, match=r"mask.* shape \(2, 4\), .* \(2, 5\)"):
         gpt.loss(params, batch, config=SMALL)
-    with pytest.raises(ValueError, match="temperature=-1.0, expected 0"):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0, expected 0"):
         gpt.sample(params, tokens, SMALL, 1, temperature=-1.0)

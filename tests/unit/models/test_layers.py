@@ -176,7 +176,7 @@ def test_attention_under_nested_vmap_and_vjp_of_vmap():
     ],
 )
 def test_attention_shapes_are_checked(q, k, v):
-    with pytest.raises(ValueError, match="causal_attention: got q .* expected q"):
+    with pytest.raises(ValueError, match=r"causal_attention: got q .* expected q"):
         causal_attention(randn(*q), randn(*k), randn(*v))
 
 
@@ -188,6 +188,12 @@ def test_attention_pulls_back_an_expanded_cotangent():
     )
     for grad, expected in zip(ours, want, strict=True):
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-13)
+
+
+def test_attention_off_the_cpu_is_the_stock_function():
+    q, k = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2))
+    assert causal_attention(q, k, k).shape == q.shape
+    assert causal_attention(q, q, q).device.type == "meta"
 
 
 def test_attention_second_derivative_is_refused():

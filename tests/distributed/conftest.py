@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ranks(n)``: the pool of n real gloo ranks, started once for the whole session."""
+
+import functools
+
+import pytest
+
+from tests.distributed.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    pools = []
+
+    @functools.cache
+    def start(world):
+        pools.append(Pool(world))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
