@@ -16,8 +16,8 @@ from .core.collectives import pmean as pmean
 from .core.collectives import ppermute as ppermute
 from .core.collectives import psum as psum
 from .core.collectives import psum_scatter as psum_scatter
-from .core.dtensor import from_dtensor as from_dtensor
-from .core.dtensor import to_dtensor as to_dtensor
+from .interop import from_dtensor as from_dtensor
+from .interop import to_dtensor as to_dtensor
 from .core.errors import CheckpointError as CheckpointError
 from .core.errors import DonatedBufferError as DonatedBufferError
 from .core.errors import LossError as LossError
@@ -29,7 +29,6 @@ from .core.errors import ZfuncError as ZfuncError
 from .core.mesh import AbstractMesh as AbstractMesh
 from .core.mesh import Mesh as Mesh
 from .core.mesh import make_mesh as make_mesh
-from .core.remat import remat as remat
 from .core.sharding import NamedSharding as NamedSharding
 from .core.sharding import P as P
 from .core.sharding import Sharded as Sharded
@@ -50,3 +49,4 @@ from .transforms import Policy as Policy
 from .transforms import accumulate as accumulate
 from .transforms import partition as partition
 from .transforms import precision as precision
+from .transforms import remat as remat

@@ -108,7 +108,7 @@ def peer_run(name, engine, steps=STEPS):
 
 def zfunc_run(name, zero, microbatches=1, steps=STEPS):
     """The same with the model unmodified, called through functional_call."""
-    make, batch, loss_of = MODELS[name]
+    make, batch, _ = MODELS[name]
     model, rank = make(), dist.get_rank()
     params = {k: p.detach() for k, p in model.named_parameters()}
     mesh = zf.make_mesh({"data": dist.get_world_size()})

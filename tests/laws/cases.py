@@ -40,7 +40,9 @@ class Case(NamedTuple):
         """The state on the simulated mesh after the batches."""
         sim = simulate(self.recipe.step(loss_fn), self.mesh_shape)
         start = self.shard() if state is None else state
-        return functools.reduce(sim, self.split() if batches is None else batches, start)
+        return functools.reduce(
+            sim, self.split() if batches is None else batches, start
+        )
 
     def unshard(self, state):
         """The full state, as rank 0 sees it."""

@@ -30,7 +30,9 @@ def check_any_microbatches(case):
 def check_stage_0(case):
     zero, one = (case.unshard(case.but(zero=z).train()) for z in (0, 1))
     norm = one.metrics.grad_norm
-    zero = zero.replace(metrics=type(zero.metrics)(zero.metrics.loss, norm, zero.metrics.aux))
+    zero = zero.replace(
+        metrics=type(zero.metrics)(zero.metrics.loss, norm, zero.metrics.aux)
+    )
     assert_bitwise(zero, one, "stage 0 against stage 1")
 
 

@@ -43,8 +43,6 @@ def test_all_orders_of_three_transformations_are_one_step(case, policy):
 
 
 @examples(0.3)
-@given(
-    cases(num_steps=1, remat=False, dtype=torch.float32), st.sampled_from(POLICIES)
-)
+@given(cases(num_steps=1, remat=False, dtype=torch.float32), st.sampled_from(POLICIES))
 def test_in_float32(case, policy):
     check(case, policy)

@@ -9,12 +9,13 @@ the manifest to the byte; nothing that was read from a file decides how it is pa
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -103,7 +104,11 @@ class LeafEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint consists of; ``files`` is by rank and empty until written."""
+    """What a checkpoint consists of; ``files`` is by rank and empty until written.
+
+    ``manifest_sha256`` is the hash of all the other fields, so that a flipped digit of
+    the cursor, say, does not go unnoticed; empty until written.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -116,7 +121,8 @@ class Manifest(BaseModel):
     meta: dict[str, JsonValue]
     aux: Skeleton
     leaves: tuple[LeafEntry, ...]
-    files: tuple[FileEntry, ...]
+    files: tuple[FileEntry, ...] = ()
+    manifest_sha256: str = ""
 
     @property
     def num_ranks(self) -> int:
@@ -239,6 +245,19 @@ def _item_bytes(leaf: LeafEntry) -> int:
     return (stored_dtype(leaf.dtype) or ("", 0))[1]
 
 
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with its own hash in it."""
+    own = _hash_of(manifest.model_dump(mode="json"))
+    return manifest.model_copy(update={"manifest_sha256": own})
+
+
+def _hash_of(tree: dict[str, Any]) -> str:
+    """Of the JSON, not of the model: a default that is added later changes nothing."""
+    rest = {name: value for name, value in tree.items() if name != "manifest_sha256"}
+    text = json.dumps(rest, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def dump_manifest(manifest: Manifest) -> bytes:
     """The text of a manifest; equal manifests give equal bytes."""
     return manifest.model_dump_json(indent=1).encode() + b"\n"
@@ -257,7 +276,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
                 f"{where}: schema version {version}, expected {SCHEMA_VERSION}: "
                 "another version of zfunc wrote it. Read it with that version."
             )
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         lines = [f"{where}: not a manifest ({error.error_count()} errors):"]
         for item in error.errors(include_url=False, include_context=False)[:8]:
@@ -265,6 +284,16 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
             lines.append(f"  {at + ': ' if at else ''}{item['msg'][:400]}")
         lines.append("It is damaged: restore another step (see list_steps).")
         raise CheckpointError("\n".join(lines)) from None
+    try:
+        intact = manifest.manifest_sha256 == _hash_of(json.loads(text))
+    except ValueError:  # an integer that Python does not read
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            f"{where}: its manifest_sha256 is not that of its contents. It is damaged: "
+            "restore another step (see list_steps)."
+        )
+    return manifest
 
 
 class _Version(BaseModel):

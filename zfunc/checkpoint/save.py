@@ -33,6 +33,7 @@ from zfunc.checkpoint.manifest import (
     num_bytes,
     parse_manifest,
     read_manifest,
+    sealed,
     step_name,
     stored_leaves,
     zfunc_version,
@@ -161,7 +162,6 @@ def _draft(
         meta=_plain_meta(meta),
         aux=skeleton_of(state.metrics.aux, f"{METRICS_PREFIX}aux"),
         leaves=tuple(entry_of(path, leaf) for path, leaf in leaves.items()),
-        files=(),
     )
     return _Draft(manifest, {path: buffer_of(leaf) for path, leaf in leaves.items()})
 
@@ -220,7 +220,8 @@ def _check_free(folder: Path, draft: _Draft) -> None:
             f"{final}: exists and is not a complete checkpoint: {error}\n"
             "Move it away, or save to another root."
         ) from None
-    if manifest.model_copy(update={"files": ()}) != draft.manifest:
+    as_draft = {"files": (), "manifest_sha256": ""}
+    if manifest.model_copy(update=as_draft) != draft.manifest:
         raise _taken(final)
 
 
@@ -257,7 +258,7 @@ def _commit(
     if mesh.rank != 0:
         return final, None
     entries = tuple(FileEntry(**file) for file in files)
-    manifest = draft.manifest.model_copy(update={"files": entries})
+    manifest = sealed(draft.manifest.model_copy(update={"files": entries}))
     text = dump_manifest(manifest)
     temporary = folder / f"{TEMPORARY_PREFIX}{draft.name}"
     where = temporary / MANIFEST_NAME

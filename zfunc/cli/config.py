@@ -33,56 +33,70 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: Path | None = Field(
-        None,
+        default=None,
         description="Text to learn: a file, or a folder read recursively. "
         "[default: the sources of Python's standard library]",
     )
     nproc: int = Field(
-        2, ge=1, description="Ranks on this machine. [default: all GPUs, else 2]"
+        default=2,
+        ge=1,
+        description="Ranks on this machine. [default: all GPUs, else 2]",
     )
-    steps: int = Field(220, ge=1, description="Optimizer steps of the whole run.")
+    steps: int = Field(
+        default=220, ge=1, description="Optimizer steps of the whole run."
+    )
     zero: Literal[0, 1, 2, 3] = Field(
-        3, description="ZeRO stage: 0 replicates; 1, 2 and 3 shard the state."
+        default=3, description="ZeRO stage: 0 replicates; 1, 2 and 3 shard the state."
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Arithmetic of the loss: fp32 or bf16."
+        default="fp32", description="Arithmetic of the loss: fp32 or bf16."
     )
     microbatches: int = Field(
-        1, ge=1, description="Parts in which each rank computes its batch."
+        default=1, ge=1, description="Parts in which each rank computes its batch."
     )
-    batch_size: int = Field(32, ge=1, description="Samples per step, over all ranks.")
-    seq_len: int = Field(128, ge=2, description="Bytes per sample.")
-    d_model: int = Field(128, ge=2, description="Width of the model.")
-    layers: int = Field(4, ge=1, description="Number of blocks.")
-    heads: int = Field(4, ge=1, description="Query heads.")
+    batch_size: int = Field(
+        default=32, ge=1, description="Samples per step, over all ranks."
+    )
+    seq_len: int = Field(default=128, ge=2, description="Bytes per sample.")
+    d_model: int = Field(default=128, ge=2, description="Width of the model.")
+    layers: int = Field(default=4, ge=1, description="Number of blocks.")
+    heads: int = Field(default=4, ge=1, description="Query heads.")
     kv_heads: int | None = Field(
-        None, ge=1, description="Key/value heads. [default: as many as query heads]"
+        default=None,
+        ge=1,
+        description="Key/value heads. [default: as many as query heads]",
     )
-    lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=4e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Steps in which the rate rises. [default: a tenth, at most 100]",
     )
     clip: float = Field(
-        1.0, ge=0, description="Largest norm of the gradient; 0 turns it off."
+        default=1.0, ge=0, description="Largest norm of the gradient; 0 turns it off."
     )
-    weight_decay: float = Field(0.1, ge=0, description="Of the matrices, per unit of lr.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Of the matrices, per unit of lr."
+    )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="Of the parameters and the order of the data."
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Of the parameters and the order of the data.",
     )
-    save_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+    save_every: int = Field(default=100, ge=1, description="Steps between checkpoints.")
     remat: bool = Field(
-        True, description="Recompute each block in the backward, to save memory."
+        default=True,
+        description="Recompute each block in the backward, to save memory.",
     )
     sample_tokens: int = Field(
-        200, ge=0, description="Bytes of text to generate at the end."
+        default=200, ge=0, description="Bytes of text to generate at the end."
     )
     temperature: float = Field(
-        0.8, ge=0, description="Of that text; 0 takes the likeliest byte."
+        default=0.8, ge=0, description="Of that text; 0 takes the likeliest byte."
     )
     verify_steps: int = Field(
-        3,
+        default=3,
         ge=0,
         description="First steps to repeat unsharded at the end, for comparison.",
     )

@@ -31,7 +31,9 @@ class UsageError(ZfuncError):
       problems: All of them; a message for one that is not about an option.
 
     Examples:
-      >>> print(UsageError([Problem("--steps 0", "too few"), Problem("--lr 0", "zero")]))
+      >>> print(
+      ...     UsageError([Problem("--steps 0", "too few"), Problem("--lr 0", "zero")])
+      ... )
       2 options cannot be used:
         --steps 0: too few
         --lr 0: zero

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: steps, one row each, checkpoints, and an end that ranks agree on."""
+"""The training loop: steps, a row for each, checkpoints, an end the ranks agree on."""
 
 from __future__ import annotations
 
+import math
 import resource
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +19,7 @@ from zfunc import checkpoint
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.errors import UsageError
 from zfunc.cli.metrics import Row
+from zfunc.cli.observer import Observer
 from zfunc.cli.program import schedule_of, sharded_step
 from zfunc.cli.verify import on_device
 from zfunc.data import Cursor, Loader
@@ -34,28 +37,6 @@ class Progress(NamedTuple):
         return int(self.state.step)
 
 
-class Observer(Protocol):
-    """What is told about a training: rank 0 writes it down, the others do not."""
-
-    def row(self, row: Row) -> None:
-        """A step was measured."""
-        ...
-
-    def saving(self, step: int) -> None:
-        """A checkpoint is about to be written; all rows up to it were given."""
-        ...
-
-
-class Silent:
-    """The observer of the ranks that say nothing."""
-
-    def row(self, row: Row) -> None:
-        """Nothing."""
-
-    def saving(self, step: int) -> None:
-        """Nothing."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What the loop needs besides where it is."""
@@ -64,24 +45,16 @@ class Training:
     mesh: zf.Mesh
     loader: Loader
     checkpoints: Path
-    meta: dict[str, object]
-    elapsed_s: float
+    meta: dict[str, Any]
 
 
 class _Pending(NamedTuple):
     """A step whose numbers have not been read: reading them waits for the device."""
 
     step: int
+    time_s: float
     numbers: torch.Tensor
     ranks: torch.Tensor
-
-
-class _Read(NamedTuple):
-    step: int
-    loss: float
-    grad_norm: float
-    signal: int
-    peak_rss_mb: float
 
 
 def train(
@@ -110,8 +83,9 @@ def train(
     """
     config, mesh = training.config, training.mesh
     step_fn = zf.donate(sharded_step(config))
-    clock = _Clock(training, observer, start.step)
-    here, pending, saved, signal = start, None, start.step, 0
+    clock = _Clock(training, observer)
+    here, saved, signal = start, start.step, 0
+    pending: _Pending | None = None
     del start
     for step in range(here.step + 1, config.steps + 1):
         batch, cursor = training.loader.next(here.cursor)
@@ -124,6 +98,7 @@ def train(
             stop_here, pending = clock.tell(pending), None
             signal = signal or stop_here
             _save(training, here, observer)
+            clock.go_on()
             saved = step
         if signal:
             break
@@ -133,58 +108,55 @@ def train(
 class _Clock:
     """Turns measurements into rows."""
 
-    def __init__(self, training: Training, observer: Observer, step: int) -> None:
+    def __init__(self, training: Training, observer: Observer) -> None:
         self._training, self._observer = training, observer
         self._schedule = schedule_of(training.config)
-        self._start_s = time.perf_counter() - training.elapsed_s
-        self._times = [time.perf_counter()]
+        now = time.perf_counter()
+        self._start_s, self._times = now - observer.elapsed_s, deque([now], maxlen=1)
 
     def tell(self, pending: _Pending) -> int:
         """Read a step, tell the observer; the signal to stop on, if any."""
-        read = _read(pending)
-        config, now = self._training.config, time.perf_counter()
-        if not abs(read.loss) < float("inf"):
+        loss, grad_norm = pending.numbers.tolist()
+        signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
+        config = self._training.config
+        if not math.isfinite(loss):
             raise UsageError(
-                f"the loss is {read.loss} at step {read.step}: the training has "
-                f"diverged. Start again with a lower --lr (it was {config.lr}) or more "
+                f"the loss is {loss} at step {pending.step}: the training diverged. "
+                f"Start again with a lower --lr (it was {config.lr}) or more "
                 "--warmup-steps."
             )
         tokens = config.batch_size * config.seq_len
-        took_s, self._times[0] = now - self._times[0], now
-        self._observer.row(
-            Row(
-                step=read.step,
-                loss=read.loss,
-                grad_norm=read.grad_norm,
-                lr=float(self._schedule(read.step - 1)),
-                tokens=tokens * read.step,
-                tokens_per_s=round(tokens / took_s, 1),
-                elapsed_s=round(now - self._start_s, 3),
-                peak_rss_mb=round(read.peak_rss_mb, 1),
-            )
+        row = Row(
+            step=pending.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=float(self._schedule(pending.step - 1)),
+            tokens=tokens * pending.step,
+            tokens_per_s=round(tokens / (pending.time_s - self._times[-1]), 1),
+            elapsed_s=round(pending.time_s - self._start_s, 3),
+            peak_rss_mb=round(peak_bytes / 1e6, 1),
         )
-        return read.signal
+        self._times.append(pending.time_s)
+        self._observer.row(row)
+        return int(signal)
+
+    def go_on(self) -> None:
+        """The next step starts now: the time since the last one is not its own."""
+        self._times.append(time.perf_counter())
 
 
-def _measured(
-    step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int
-) -> _Pending:
+def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Pending:
     """Start to gather a step's numbers; nothing is waited for."""
     metrics = state.metrics
     numbers = torch.stack([metrics.loss.double(), metrics.grad_norm.double()])
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = torch.tensor([[float(signal), float(peak_bytes)]], dtype=torch.float64)
-    return _Pending(step, numbers, zf.all_gather(mine.to(mesh.device), "data", mesh))
-
-
-def _read(pending: _Pending) -> _Read:
-    loss, grad_norm = pending.numbers.tolist()
-    signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
-    return _Read(pending.step, loss, grad_norm, int(signal), peak_bytes / 1e6)
+    ranks = zf.all_gather(mine.to(mesh.device), "data", mesh)
+    return _Pending(step, time.perf_counter(), numbers, ranks)
 
 
 def _save(training: Training, here: Progress, observer: Observer) -> None:
-    observer.saving(here.step)
+    observer.saving()
     checkpoint.save(
         training.checkpoints, here.state, cursor=here.cursor, meta=training.meta
     )

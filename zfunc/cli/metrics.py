@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from zfunc.cli.rundir import write_atomically
@@ -101,13 +100,6 @@ class MetricsFile:
         """Wait until all rows would survive a loss of power."""
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file; its rows are complete without this."""
         self._file.close()

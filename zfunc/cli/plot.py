@@ -23,7 +23,9 @@ def plot_loss(path: Path, rows: Sequence[Row], unigram_entropy: float) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([row.step for row in rows], [row.loss for row in rows], label="train loss")
+    axes.plot(
+        [row.step for row in rows], [row.loss for row in rows], label="train loss"
+    )
     axes.axhline(
         unigram_entropy,
         linestyle="--",

@@ -76,7 +76,7 @@ def _relative(got: object, expected: object) -> float:
         largest = float(b.abs().max())
         return float((a - b).abs().max()) / largest if largest else float(a.abs().max())
 
-    return max(zf.tree_leaves(zf.tree_map(one, got, expected)))
+    return float(max(zf.tree_leaves(zf.tree_map(one, got, expected))))
 
 
 def on_device(batch: dict[str, torch.Tensor], mesh: zf.Mesh) -> dict[str, torch.Tensor]:

@@ -73,7 +73,8 @@ def value_and_grad(
             aux_spec.append(structure)
             return value, tuple(aux_leaves)
 
-        value, pull, aux = torch.func.vjp(flat, *leaves, has_aux=True)
+        vjp: Any = torch.func.vjp  # annotated without its has_aux form
+        value, pull, aux = vjp(flat, *leaves, has_aux=True)
         grads = pull(torch.ones_like(value), retain_graph=nested, create_graph=nested)
         tree = tree_unflatten(spec, grads)
         return ((value, tree_unflatten(aux_spec[0], aux)) if has_aux else value), tree
@@ -118,10 +119,10 @@ def eval_shape(f: Callable[..., Any], *args: PyTree) -> PyTree:
       >>> eval_shape(lambda x: x @ x.T, torch.ones(2, 3)).shape
       torch.Size([2, 2])
     """
-    leaves = tree_flatten(args)[0]
-    mode = torch._guards.detect_fake_mode(leaves)
-    if mode is None:
+    if torch._guards.detect_fake_mode(tree_flatten(args)[0]) is None:
         args = abstract(args)
-        mode = torch._guards.detect_fake_mode(tree_flatten(args)[0])
+    mode: Any = torch._guards.detect_fake_mode(tree_flatten(args)[0])
+    if mode is None:
+        raise TypeError("eval_shape needs a tensor among its arguments")
     with mode:
         return f(*args)

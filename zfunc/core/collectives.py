@@ -38,18 +38,21 @@ class _Collective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         transposed = ctx.op.transpose(ctx.in_dtypes)
-        return (None, None, *_Collective.apply(transposed, ctx.rank, *cotangents))
+        return (None, None, *_run(transposed, ctx.rank, *cotangents))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Collective.apply(ctx.op, ctx.rank, *tangents[2:])
+        return _run(ctx.op, ctx.rank, *tangents[2:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, op: Any, rank: Any, *xs: torch.Tensor) -> Any:
         dims = in_dims[2:]
         if in_dims[1] is None:  # an ordinary vmap inside the loss: ride along, last
-            moved = [x if d is None else x.movedim(d, -1) for x, d in zip(xs, dims, strict=True)]
-            ys = _Collective.apply(op, rank, *moved)
+            moved = [
+                x if d is None else x.movedim(d, -1)
+                for x, d in zip(xs, dims, strict=True)
+            ]
+            ys = _run(op, rank, *moved)
             return ys, tuple(None if d is None else -1 for d in dims)
         rows = [
             x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
@@ -58,10 +61,13 @@ class _Collective(torch.autograd.Function):
         return tuple(wire.simulate(op, rows)), (0,) * len(rows)
 
 
+_run: Any = _Collective.apply  # torch leaves it without annotations
+
+
 def apply(op: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Apply a linear operator of ``wire`` to tensors whose dim 0 it acts on."""
     rank = op.mesh.rank if op.mesh.kind == "simulated" else None
-    return list(_Collective.apply(op, rank, *xs)) if xs else []
+    return list(_run(op, rank, *xs)) if xs else []
 
 
 def _mapped(op: Any, tree: PyTree, dim: int = 0) -> PyTree:
@@ -112,7 +118,9 @@ def psum(tree: PyTree, axis: str, mesh: Mesh) -> PyTree:
       {'a': tensor(2.)}
     """
     leaves, spec = tree_flatten(tree)
-    ys = apply(wire.PSum(mesh, axis), [x.reshape(1) if not x.dim() else x for x in leaves])
+    ys = apply(
+        wire.PSum(mesh, axis), [x.reshape(1) if not x.dim() else x for x in leaves]
+    )
     return tree_unflatten(
         spec, [y.reshape(x.shape) for x, y in zip(leaves, ys, strict=True)]
     )

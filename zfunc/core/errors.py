@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error classes of zfunc: each says what, where, got against expected, what to type."""
+"""The error classes: each says what, where, got against expected, what to type."""
 
 
 class ZfuncError(Exception):
@@ -38,7 +38,7 @@ class PlacementError(ZfuncError, ValueError):
 
 
 class StructureError(ZfuncError, ValueError):
-    """Two pytrees that should have one structure and do not; the message has the paths.
+    """Two pytrees that should have one structure and do not; it names the paths.
 
     Example:
       >>> from zfunc.core.tree import check_structure
@@ -51,7 +51,7 @@ class StructureError(ZfuncError, ValueError):
 
 
 class LossError(ZfuncError, TypeError):
-    """A loss function that returns something other than a scalar, an aux pair or a Mean.
+    """A loss that returns something other than a scalar, an aux pair or a Mean.
 
     Example:
       >>> import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placement is data: ``Sharded`` leaves carry where they live in the tree's structure."""
+"""Placement is data: where a ``Sharded`` leaf lives is in the tree's structure."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class P(tuple[str | None, ...]):
     __slots__ = ()
 
     def __new__(cls, *entries: str | None) -> P:
+        """Check the entries; trailing Nones go."""
         for entry in entries:
             if entry is not None and not isinstance(entry, str):
                 raise PlacementError(
@@ -90,7 +91,7 @@ class NamedSharding:
         return tuple(axis for axis in self.spec if axis is not None)
 
     def local_shape(self, global_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of every rank's buffer: dims divided rounding up (padded at the tail)."""
+        """Shape of every rank's buffer: dims divided rounding up (tail padding)."""
         spec = (*self.spec, *[None] * (len(global_shape) - len(self.spec)))
         return tuple(
             -(-d // self.mesh.axis_size(axis)) if axis else d
@@ -167,8 +168,11 @@ def gather_buffers(
         for leaf, sent in zip(leaves, wire_dtypes, strict=True)
     ]
     full = _move([leaf.buffer for leaf in leaves], ops)
+    # An even dim has nothing to cut off (and a narrow would copy in the backward).
     return [
-        y.narrow(dim, 0, leaf.global_shape[dim])
+        y
+        if y.shape[dim] == leaf.global_shape[dim]
+        else y.narrow(dim, 0, leaf.global_shape[dim])
         for y, (dim, _), leaf in zip(full, ops, leaves, strict=True)
     ]
 
@@ -234,8 +238,8 @@ def place(full: torch.Tensor, sharding: NamedSharding) -> Sharded:
     """
     if len(sharding.spec) > full.dim():
         raise PlacementError(
-            f"{sharding.spec} has {len(sharding.spec)} entries but the tensor has shape "
-            f"{tuple(full.shape)}: give at most one entry per dim, P() to replicate."
+            f"{sharding.spec} has {len(sharding.spec)} entries but the tensor has "
+            f"shape {tuple(full.shape)}: give at most one entry per dim, or P()."
         )
     mesh, local = sharding.mesh, full
     for dim, axis in enumerate(sharding.spec):
@@ -297,7 +301,8 @@ def reshard(tree: PyTree, shardings: PyTree) -> PyTree:
       P()
     """
     targets = broadcast_prefix(
-        tree_map(lambda s: s, shardings), tree_map(lambda x: 0, tree, is_leaf=is_sharded)
+        tree_map(lambda s: s, shardings),
+        tree_map(lambda x: 0, tree, is_leaf=is_sharded),
     )
     paths = [path for path, _ in leaves_with_path(tree, is_sharded)]
     leaves, spec = tree_flatten(tree, is_sharded)
@@ -323,7 +328,7 @@ def place_tree(params: PyTree, mesh: Mesh, spec: Any, dtype: Any) -> PyTree:
     one_for_all = isinstance(spec, P)
     placed = iter(specs)
 
-    def one(path: str, leaf: torch.Tensor) -> Sharded:
+    def one(path: str, leaf: torch.Tensor) -> Any:
         wanted = next(placed)
         if not isinstance(wanted, P):
             raise PlacementError(
@@ -368,13 +373,13 @@ def global_norm(tree: PyTree) -> torch.Tensor:
         buffer = leaf.buffer if is_sharded(leaf) else leaf
         wide = torch.promote_types(buffer.dtype, torch.float32)
         square = buffer.to(wide).square().sum()
-        mesh, axes = None, ()
+        where: tuple[Mesh | None, tuple[str, ...]] = (None, ())
         if is_sharded(leaf):
-            mesh, axes = leaf.sharding.mesh, tuple(sorted(leaf.sharding.axes))
-        sums[mesh, axes] = sums[mesh, axes] + square if (mesh, axes) in sums else square
-    total = torch.zeros(())
-    for i, ((mesh, axes), value) in enumerate(sums.items()):
+            where = (leaf.sharding.mesh, tuple(sorted(leaf.sharding.axes)))
+        sums[where] = sums[where] + square if where in sums else square
+    totals = []
+    for (mesh, axes), value in sums.items():
         for axis in axes:
             value = collectives.psum(value, axis, mesh)  # type: ignore[arg-type]
-        total = value if i == 0 else total + value
-    return total.sqrt()
+        totals.append(value)
+    return sum(totals[1:], totals[0]).sqrt() if totals else torch.zeros(())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training state: an immutable pytree of placed parameters, gradients and moments."""
+"""The training state: an immutable pytree of parameters, gradients and moments."""
 
 from __future__ import annotations
 
@@ -205,38 +205,43 @@ def check_usable(state: Any) -> TrainState:
     return state
 
 
-class Donated:
+class Donated(torch.Tensor):
     """What is left of a buffer that a donating step consumed: every use raises."""
 
-    __slots__ = ("message",)
+    _message: str
 
-    def __init__(self, path: str) -> None:
-        self.message = (
+    @staticmethod
+    def __new__(cls: Any, path: str) -> Donated:
+        """A tensor without memory that knows the path it was at."""
+        made: Donated = torch.Tensor._make_wrapper_subclass(cls, ())
+        made._message = (
             f"{path} was donated to a step and its memory reused: keep the state that "
             "the step returned (state = step(state, batch)), or do not donate."
         )
+        return made
+
+    def __repr__(self, **_: Any) -> Any:  # type: ignore[override]
+        return f"<{self._message.split(':')[0]}>"
 
     def refuse(self) -> None:
         """Raise ``DonatedBufferError`` with the leaf's path."""
-        raise DonatedBufferError(self.message)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__array__":
-            raise AttributeError(name)
-        return self.refuse()
+        raise DonatedBufferError(self._message)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Every torch function, method and attribute: an error."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Donated):
                 leaf.refuse()
-        raise RuntimeError("a donated buffer was used")
+        raise DonatedBufferError("a donated buffer was used")
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
 def consume(tree: PyTree, name: str) -> PyTree:
-    """Take over the buffers of placed leaves: the given tree's leaves refuse all use."""
+    """Take over the buffers of placed leaves: those of ``tree`` refuse all use."""
     taken = tree_map(lambda leaf: leaf, tree)
     for path, leaf in leaves_with_path(tree, is_sharded):
         if isinstance(leaf, Sharded):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step as four pure functions, each of which a transformation may replace."""
+"""A training step as four pure functions, which transformations replace."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Samples(NamedTuple):
     """The step's key, and the index of each sample of the batch in the global batch."""
 
     key: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment] # shadows tuple.index on purpose
 
 
 @pytree
@@ -173,8 +173,10 @@ class TrainStep(NamedTuple):
 Transform = Callable[[TrainStep], TrainStep]
 
 
-def train_step(loss_fn: Callable[..., Any], tx: Any, *transforms: Transform) -> TrainStep:
-    r"""The pure step :math:`(s, b) \mapsto s'` of a loss, an optimizer, transformations.
+def train_step(
+    loss_fn: Callable[..., Any], tx: Any, *transforms: Transform
+) -> TrainStep:
+    r"""The pure step :math:`(s, b) \mapsto s'` of a loss, an optimizer and the rest.
 
     Args:
       loss_fn: ``(params, batch)`` or ``(params, batch, key)`` to a floating scalar, to
@@ -203,7 +205,9 @@ def train_step(loss_fn: Callable[..., Any], tx: Any, *transforms: Transform) -> 
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got a {type(loss_fn).__name__}")
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+    if not (
+        callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+    ):
         raise TypeError(
             f"tx must be a GradientTransformation such as zf.optim.adamw(3e-4), got "
             f"{tx!r}. (Transformations such as partition come after it.)"
@@ -213,8 +217,8 @@ def train_step(loss_fn: Callable[..., Any], tx: Any, *transforms: Transform) -> 
         made = transform(step) if callable(transform) else None
         if not isinstance(made, TrainStep):
             raise TypeError(
-                f"{transform!r} is not a transformation of a TrainStep: call its maker, "
-                "as in zf.partition(zero=3)."
+                f"{transform!r} is not a transformation of a TrainStep: call its "
+                "maker, as in zf.partition(zero=3)."
             )
         step = made
     return step
@@ -224,7 +228,8 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     """The same step, bit for bit, which consumes its input's buffers.
 
     Gradients of the last step are freed before the backward; parameters and moments are
-    updated in place, a group of leaves at a time where the optimizer is leafwise. Every leaf of the old state's params,
+    updated in place, a group of leaves at a time where the optimizer is leafwise. Every
+    leaf of the old state's params,
     grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
     stay readable.
 
@@ -292,7 +297,9 @@ def _num_positional(fn: Callable[..., Any]) -> int:
         return 2
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [
-        p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty
+        p
+        for p in parameters
+        if p.kind in kinds and p.default is inspect.Parameter.empty
     ]
     optional_key = any(p.name in ("key", "keys") for p in parameters if p.kind in kinds)
     return 3 if optional_key else len(required)
@@ -323,8 +330,8 @@ def _mean(value: Any, what: str) -> Mean:
             else f"a {type(mean.total).__name__}"
         )
         raise LossError(
-            f"{what} must be a 0-d tensor or Mean(total, weight), got {got}: reduce it, "
-            "with .mean() or .sum()."
+            f"{what} must be a 0-d tensor or Mean(total, weight), got {got}: reduce "
+            "it, with .mean() or .sum()."
         )
     if what == "the loss" and not mean.total.is_floating_point():
         raise LossError(f"the loss must be floating, got {mean.total.dtype}")

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def static(**kwargs: Any) -> Any:
-    """A field of a pytree dataclass that is metadata: part of the structure, not a leaf.
+    """A field of a pytree dataclass that is metadata: structure, not a leaf.
 
     Example:
       >>> @pytree
@@ -33,7 +33,8 @@ def static(**kwargs: Any) -> Any:
       >>> tree_leaves(Point(1, "km"))
       [1]
     """
-    return optree.dataclasses.field(pytree_node=False, **kwargs)
+    make: Any = optree.dataclasses.field
+    return make(pytree_node=False, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
@@ -48,8 +49,8 @@ def pytree(cls: type[T]) -> type[T]:
       >>> tree_map(lambda x: x + 1, Pair(1, 2))
       Pair(a=2, b=3)
     """
-    made = optree.dataclasses.dataclass(cls, frozen=True, namespace=NAMESPACE)
-    return made  # type: ignore[no-any-return,unused-ignore]
+    make: Any = optree.dataclasses.dataclass
+    return make(cls, frozen=True, namespace=NAMESPACE)  # type: ignore[no-any-return]
 
 
 def tree_flatten(

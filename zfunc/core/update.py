@@ -33,8 +33,8 @@ def consuming_update(
 ) -> tuple[PyTree, PyTree]:
     r"""The same bits; parameters and moments are written over.
 
-    A ``leafwise`` transformation updates a group of leaves at a time and its new moments
-    replace the old ones, so that :math:`16\Psi/n` bytes of state stay that.
+    A ``leafwise`` transformation updates a group of leaves at a time and its new
+    moments replace the old ones, so that :math:`16\Psi/n` bytes of state stay that.
     """
     if not getattr(tx, "leafwise", False):
         updates, new_moments = tx.update(grads, moments, params)
@@ -89,7 +89,7 @@ def _only(outline: Any, leaves: list[Any], group: list[int]) -> PyTree:
 
 
 def _mirrors(moments: PyTree, spec: Any) -> tuple[list[list[Any]], Any]:
-    """The leaves of each subtree that has the parameters' structure, and its inverse."""
+    """The leaves of each subtree that has the parameters' structure, and back."""
 
     def is_mirror(node: Any) -> bool:
         return bool(tree_structure(node) == spec)

@@ -36,8 +36,10 @@ SMALL_REDUCTION_ELEMENTS = 2**12
 class Op:
     """A linear map between per-rank values along one axis of a mesh.
 
-    ``wire`` is the dtype sent (None: the input's), ``back_wire`` the dtype its transpose
-    sends, ``outs`` the dtypes of the results (None: the dtype sent).
+    ``wire`` is the dtype sent (None: the input's), ``back_wire`` the dtype that its
+    transpose sends, ``outs`` the dtypes of the results (None: the dtype sent). Every
+    kind of operator has ``run_bucket`` for ranks that talk (tensors of one dtype, in as
+    few messages as it can), ``simulate`` for values stacked by rank, ``transpose``.
     """
 
     mesh: Mesh
@@ -71,9 +73,7 @@ class AllGather(Op):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops._c10d_functional
-        return _wait(
-            ops.all_gather_into_tensor(x, self.n, self.mesh.group(self.axis))
-        )
+        return _wait(ops.all_gather_into_tensor(x, self.n, self.mesh.group(self.axis)))
 
     def run_bucket(self, xs: Tensors) -> Tensors:
         flat, sizes = _flatten(xs, 0)
@@ -111,8 +111,7 @@ class PSumScatter(Op):
         ]
 
     def simulate(self, x: torch.Tensor) -> torch.Tensor:
-        total = fold_add(x.unbind(0))
-        return total.unflatten(0, (self.n, total.shape[0] // self.n))
+        return torch.stack(fold_add(x.unbind(0)).chunk(self.n))
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,14 @@ class AllToAll(Op):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         splits = [x.shape[0] // self.n] * self.n
-        group = self.mesh.group(self.axis)
-        ops = torch.ops._c10d_functional
+        ops, group = torch.ops._c10d_functional, self.mesh.group(self.axis)
         return _wait(ops.all_to_all_single(x, splits, splits, group))
 
     def run_bucket(self, xs: Tensors) -> Tensors:
         return [self.run(x.contiguous()) for x in xs]
 
     def simulate(self, x: torch.Tensor) -> torch.Tensor:
-        chunks = x.unflatten(1, (self.n, x.shape[1] // self.n))
-        return chunks.transpose(0, 1).flatten(1, 2)
+        return torch.stack([c.flatten(0, 1) for c in x.chunk(self.n, 1)])
 
 
 @dataclass(frozen=True)
@@ -237,12 +234,11 @@ class AxisPlace(Op):
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(x)
-    return result
+    return torch.ops._c10d_functional.wait_tensor(x)  # type: ignore[no-any-return]
 
 
 def _flatten(xs: Tensors, rows: int) -> tuple[torch.Tensor, list[int]]:
-    """One contiguous buffer, (total,) or (rows, total / rows), and each piece's size."""
+    """A contiguous buffer, (total,) or (rows, total / rows), and the pieces' sizes."""
     flats = [x.reshape(rows, -1) if rows else x.reshape(-1) for x in xs]
     sizes = [f.shape[-1] for f in flats]
     return (flats[0] if len(xs) == 1 else torch.cat(flats, -1)).contiguous(), sizes
@@ -316,8 +312,8 @@ def _check_runnable(op: Op, xs: Tensors) -> None:
     fake = all(_is_fake(x) for x in xs)
     if op.mesh.kind == "abstract" and not fake:
         raise MeshError(
-            f"the mesh {op.mesh.shape} is abstract: it has no ranks to talk to. Give it "
-            "fake tensors (zf.abstract(tree)), or use zf.make_mesh inside a job."
+            f"the mesh {op.mesh.shape} is abstract: it has no ranks to talk to. Give "
+            "it fake tensors (zf.abstract(tree)), or use zf.make_mesh inside a job."
         )
 
 

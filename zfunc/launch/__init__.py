@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting the ranks of a job on this machine, stopping them, and saying how it ended."""
+"""Starting the ranks of a job, stopping them, and saying how it ended."""
 
 from .failures import LOST_PEER as LOST_PEER
 from .failures import RankFailure as RankFailure

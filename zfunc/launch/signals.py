@@ -18,7 +18,7 @@ _SAME_STOP_S = 1.0
 
 
 class StopRequest:
-    """Within it, the first signal is remembered and a later one kills, as it would have.
+    """Within it, the first signal to stop is remembered, and a later one kills.
 
     Signals are those that stop a process: SIGINT, SIGTERM, SIGHUP. Only the main
     thread can use it.
@@ -63,7 +63,7 @@ class StopRequest:
 
 @contextmanager
 def forwarding() -> Iterator[list[int]]:
-    """Within it, signals that stop go to the child processes; the list has their numbers.
+    """Within it, signals to stop go to the child processes.
 
     The first is passed on as SIGTERM, which ends a child that is still starting without
     a word; the second kills the children at once. Without children it is

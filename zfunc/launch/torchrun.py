@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a module on several ranks of this machine, under torchrun, in this process."""
+"""Running a module on several ranks of this machine: torchrun, in this process."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ class Outcome:
         return self.exit_code in _STOPPED
 
     @property
+    def saved(self) -> bool:
+        """Whether the ranks ended by themselves when they were told to stop."""
+        return self.failure is not None and self.failure.exitcode in _STOPPED
+
+    @property
     def exit_code(self) -> int:
         """As a shell has it: 128 + n for signal n; 2 for a user's mistake; else 1."""
         if self.finished:
@@ -79,9 +84,11 @@ def torchrun(module: str, arguments: Sequence[str], nproc: int) -> Outcome:
             [
                 *("--standalone", "--nproc-per-node", str(nproc), "--log-dir", logs),
                 # The others are ours: torchrun gives ranks 30 s to save, then kills.
-                *("--signals-to-handle", "SIGQUIT", "--module", module, *arguments),
+                *("--signals-to-handle", "SIGQUIT", "--module", module),
             ]
         )
+        # Not parsed there: it takes --nproc for an abbreviation of its own option.
+        parsed.training_script_args = list(arguments)
         failure, finished = None, False
         with forwarding() as received:
             try:

@@ -17,7 +17,7 @@ class _LiveStorages(TorchDispatchMode):
     """Follows every storage that an operation returns, until it dies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = [0]
 

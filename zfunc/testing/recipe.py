@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from zfunc.core.remat import remat
+from zfunc.transforms.remat import remat
 from zfunc.core.sharding import P
 from zfunc.core.step import TrainStep, Transform, train_step
 from zfunc.optim import (

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from zfunc.core.mesh import AbstractMesh
 from zfunc.core.tree import PyTree
 from zfunc.testing.recipe import OPTIMIZERS, Recipe
 from zfunc.testing.trees import random_batch, random_tree
@@ -144,7 +143,7 @@ def batches(
       >>> len(first["y"])
       6
     """
-    ranks = AbstractMesh(mesh_shape).axis_size(recipe.axis)
+    ranks = mesh_shape.get(recipe.axis, 1)
     samples = draw(st.integers(1, 3)) * ranks * recipe.num_microbatches
     seed = draw(_seeds())
     return [random_batch(samples, seed + i, dtype=dtype) for i in range(num_steps)]

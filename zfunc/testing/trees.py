@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zfunc.core.remat import remat as rematerialized
+from zfunc.transforms.remat import remat as rematerialized
 from zfunc.core.state import Mean
 from zfunc.core.tree import PyTree, tree_leaves, tree_map
 

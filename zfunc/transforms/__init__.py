@@ -5,3 +5,4 @@ from .accumulate import accumulate as accumulate
 from .partition import partition as partition
 from .precision import Policy as Policy
 from .precision import precision as precision
+from .remat import remat as remat

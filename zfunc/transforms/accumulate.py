@@ -35,8 +35,9 @@ def accumulate(num_microbatches: int) -> Transform:
 
     Example:
       >>> import zfunc as zf
-      >>> step = zf.train_step(lambda p, b: (p * b).mean(), zf.optim.sgd(1.0),
-      ...                      zf.accumulate(2))
+      >>> step = zf.train_step(
+      ...     lambda p, b: (p * b).mean(), zf.optim.sgd(1.0), zf.accumulate(2)
+      ... )
       >>> state = zf.shard(torch.ones(()), zf.make_mesh({}))
       >>> step(state, torch.tensor([1.0, 2.0, 3.0, 6.0])).grads.buffer
       tensor(3.)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``partition``: ZeRO, as the places in the step where the gather and the reduce sit."""
+"""``partition``: ZeRO, as the places in a step where the gather and the reduce sit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from zfunc.core import collectives, wire
 from zfunc.core.errors import PlacementError
-from zfunc.core.gathered import Wire, gather_on_use
 from zfunc.core.mesh import Mesh
 from zfunc.core.sharding import (
     NamedSharding,
@@ -30,6 +29,7 @@ from zfunc.core.tree import (
     tree_map,
     tree_unflatten,
 )
+from zfunc.transforms.gathered import Wire, gather_on_use
 
 
 @pytree
@@ -68,8 +68,8 @@ def partition(
     3    at each use in the loss      its transpose, in the backward        2 Psi [m=1]
     ==== ============================ ===================================== ============
 
-    ``remat`` at stage 3 gathers again in the backward: 3 Psi. Between steps the state is
-    the same for stages 1 to 3 (``P(axis)``), so the stage may change at any step.
+    ``remat`` at stage 3 gathers again in the backward: 3 Psi. Between steps the state
+    is the same for stages 1 to 3 (``P(axis)``), so the stage may change at any step.
 
     Ranks that differ only along other axes of the mesh must be given the same batch.
 
@@ -102,8 +102,9 @@ def partition(
 
     Example:
       >>> import zfunc as zf
-      >>> step = zf.train_step(lambda p, b: (p * b).sum(), zf.optim.sgd(0.1),
-      ...                      zf.partition(zero=3))
+      >>> step = zf.train_step(
+      ...     lambda p, b: (p * b).sum(), zf.optim.sgd(0.1), zf.partition(zero=3)
+      ... )
       >>> state = zf.shard(torch.ones(3), zf.make_mesh({"data": 1}))
       >>> step(state, torch.ones(3)).params.buffer
       tensor([0.9000, 0.9000, 0.9000])
@@ -142,7 +143,9 @@ class _Stage:
             def on_pieces(buffers: PyTree, batch: PyTree, samples: Samples) -> Tally:
                 pieces = _refill(layout, buffers)
                 usable = tree_map(
-                    lambda x: gather_on_use(x, self.wire) if is_sharded(x) else x.buffer,
+                    lambda x: (
+                        gather_on_use(x, self.wire) if is_sharded(x) else x.buffer
+                    ),
                     pieces,
                     is_leaf=_is_leaf,
                 )

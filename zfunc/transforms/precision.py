@@ -115,8 +115,9 @@ def precision(policy: Policy | str) -> Transform:
 
     Example:
       >>> import zfunc as zf
-      >>> step = zf.train_step(lambda p, b: (p * b).sum(), zf.optim.sgd(1.0),
-      ...                      zf.precision("bf16"))
+      >>> step = zf.train_step(
+      ...     lambda p, b: (p * b).sum(), zf.optim.sgd(1.0), zf.precision("bf16")
+      ... )
       >>> step(zf.shard(torch.ones(1), zf.make_mesh({})), torch.ones(1)).grads.buffer
       tensor([1.])
     """

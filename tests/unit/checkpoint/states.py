@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """States to save, and bitwise comparison."""
 
+import hashlib
 import json
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -9,7 +12,9 @@ import torch
 import zfunc as zf
 from zfunc.checkpoint.files import tensor_bytes
 from zfunc.checkpoint.leaves import buffer_of, named_leaves
-from zfunc.core.state import TrainState
+from zfunc.core.mesh import Mesh
+from zfunc.core.sharding import NamedSharding, place
+from zfunc.core.state import Metrics, TrainState
 from zfunc.core.tree import tree_structure
 
 MESH = {"data": 1}
@@ -66,11 +71,43 @@ def assert_same(got, expected):
     assert [path for path in two if one[path] != two[path]] == []
 
 
+def state_on(axes, rank, full, placements, kind="process"):
+    """What a rank of a mesh holds, without the other ranks."""
+    mesh = Mesh(axes, kind, rank=rank)
+    params = [
+        place(x, NamedSharding(mesh, spec))
+        for x, spec in zip(full, placements, strict=True)
+    ]
+    count = torch.tensor(3)
+    zero = torch.zeros(())
+    return zf.TrainState(count, params, {}, (), count, Metrics(zero, zero, {}))
+
+
+def saved_by_ranks(root, axes, full, placements):
+    """A checkpoint as the ranks of a mesh would save it, one after the other."""
+    saving = sys.modules["zfunc.checkpoint.save"]
+    size = math.prod(n for _, n in axes)
+    states = [state_on(axes, rank, full, placements) for rank in range(size)]
+    drafts = [
+        saving._draft(s, Mesh(axes, "process", rank=r), None, None)
+        for r, s in enumerate(states)
+    ]
+    assert len({str(saving._digests(draft.manifest)) for draft in drafts}) == 1
+    saving._prepare(root, drafts[0])
+    files = []
+    for rank, draft in enumerate(drafts):
+        files.append(saving._write(root, draft, Mesh(axes, "process", rank=rank))[1])
+    return saving._commit(root, drafts[0], files, Mesh(axes, "process", rank=0))[0]
+
+
 def edit_manifest(directory: Path, change):
-    """Apply ``change`` to the manifest's JSON in place."""
+    """Apply ``change`` to the manifest's JSON in place, with a hash that fits."""
     path = directory / "manifest.json"
     tree = json.loads(path.read_text())
     change(tree)
+    contents = {name: tree[name] for name in tree if name != "manifest_sha256"}
+    text = json.dumps(contents, separators=(",", ":"), ensure_ascii=False)
+    tree["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(tree))
 
 

@@ -14,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zfunc as zf
-from tests.unit.checkpoint.states import contents
+from tests.unit.checkpoint.states import contents, saved_by_ranks, state_on
 from zfunc.checkpoint import layout, list_steps, manifest, verify
 from zfunc.core.mesh import Mesh
-from zfunc.core.sharding import NamedSharding, P, place
-from zfunc.core.state import Metrics
+from zfunc.core.sharding import P
 
-SAVE = sys.modules["zfunc.checkpoint.save"]
 RESTORE = sys.modules["zfunc.checkpoint.restore"]
 AXES = ("data", "tensor", "expert")
 
@@ -46,32 +44,6 @@ def specs(axes, num_dims):
 
 
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
-
-
-def state_on(axes, rank, full, placements):
-    mesh = Mesh(axes, "process", rank=rank)
-    params = [
-        place(x, NamedSharding(mesh, spec))
-        for x, spec in zip(full, placements, strict=True)
-    ]
-    count = torch.tensor(3)
-    zero = torch.zeros(())
-    return zf.TrainState(count, params, {}, (), count, Metrics(zero, zero, {}))
-
-
-def saved_by_ranks(root, axes, full, placements):
-    size = math.prod(n for _, n in axes)
-    states = [state_on(axes, rank, full, placements) for rank in range(size)]
-    drafts = [
-        SAVE._draft(s, Mesh(axes, "process", rank=r), None, None)
-        for r, s in enumerate(states)
-    ]
-    assert len({str(SAVE._digests(draft.manifest)) for draft in drafts}) == 1
-    SAVE._prepare(root, drafts[0])
-    files = []
-    for rank, draft in enumerate(drafts):
-        files.append(SAVE._write(root, draft, Mesh(axes, "process", rank=rank))[1])
-    return SAVE._commit(root, drafts[0], files, Mesh(axes, "process", rank=0))[0]
 
 
 @given(data=st.data())

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from zfunc.core.random import fold_in
-from zfunc.core.remat import remat
+from zfunc.transforms.remat import remat
 from zfunc.models import GPTConfig, gpt
 
 SMALL = GPTConfig(

@@ -19,34 +19,40 @@ from torch._C._functorch import maybe_current_level
 from zfunc.core.sharding import Sharded, gather_buffers, is_sharded, with_rank
 from zfunc.core.tree import PyTree, tree_map
 
-_T = torch.Tensor
+_T: Any = torch.Tensor
 # Answered from the full tensor's description, without gathering it.
+_ATTRIBUTES: Final = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_sparse",
+    "is_quantized",
+    "is_meta",
+    "is_cuda",
+    "is_cpu",
+    "itemsize",
+)
+_METHODS: Final = (
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "ndimension",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "__len__",
+)
 _METADATA: Final = frozenset(
-    {
-        _T.shape.__get__,
-        _T.dtype.__get__,
-        _T.device.__get__,
-        _T.ndim.__get__,
-        _T.layout.__get__,
-        _T.is_sparse.__get__,
-        _T.is_quantized.__get__,
-        _T.is_meta.__get__,
-        _T.is_cuda.__get__,
-        _T.is_cpu.__get__,
-        _T.itemsize.__get__,
-        _T.size,
-        _T.dim,
-        _T.numel,
-        _T.nelement,
-        _T.ndimension,
-        _T.element_size,
-        _T.is_floating_point,
-        _T.is_complex,
-        _T.__len__,
+    [
+        *[getattr(_T, name).__get__ for name in _ATTRIBUTES],
+        *[getattr(_T, name) for name in _METHODS],
         torch.is_floating_point,
         torch.is_complex,
         torch.numel,
-    }
+    ]
 )
 _CASTS: Final = MappingProxyType(
     {
@@ -115,7 +121,8 @@ class GatherOnUse(torch.Tensor):
     _index: int
 
     @staticmethod
-    def __new__(cls, group: Group, index: int) -> GatherOnUse:
+    def __new__(cls: Any, group: Group, index: int) -> GatherOnUse:
+        """The leaf ``index`` of a group, as a tensor without memory."""
         leaf = group.leaves[index]
         made: GatherOnUse = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -126,7 +133,7 @@ class GatherOnUse(torch.Tensor):
         made._group, made._index = group, index
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> Any:  # type: ignore[override]
         leaf = self._group.leaves[self._index]
         return f"GatherOnUse({leaf.global_shape}, {self.dtype}, {leaf.sharding.spec})"
 
@@ -146,7 +153,7 @@ class GatherOnUse(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Reached from C++ only, past ``__torch_function__``: gather as well."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``remat``: keep a block's inputs instead of its activations, and recompute.
 
-``torch.utils.checkpoint`` rests on saved-tensor hooks, which torch.func refuses. This is
-an ``autograd.Function`` whose backward runs the block again under ``torch.func.vjp``.
+``torch.utils.checkpoint`` rests on saved-tensor hooks, which torch.func refuses. This
+is an ``autograd.Function`` whose backward runs the block again under vjp.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch._C._functorch import (
 from torch.overrides import TorchFunctionMode
 
 from zfunc.core.errors import RematError
-from zfunc.core.gathered import GatherOnUse, close_up, open_up
 from zfunc.core.tree import tree_flatten, tree_leaves, tree_unflatten
+from zfunc.transforms.gathered import GatherOnUse, close_up, open_up
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Guard(TorchFunctionMode):
-    """Raises when the block touches a tensor that is differentiated and not passed in."""
+    """Raises when the block uses a tensor that is differentiated and not passed in."""
 
     def __init__(self, name: str, inputs: tuple[Any, ...]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         call, rank = ctx.call, ctx.rank
-        # Called late, the wrappers of a finished transform are dead: take what they hold.
+        # Called late, the wrappers of a finished transform are dead: unwrap them.
         tensors = [unwrap_if_dead(t) for t in ctx.saved_tensors]
         needed = [
             i
@@ -125,8 +125,8 @@ class _Remat(torch.autograd.Function):
             return tuple(o for o in outputs if o.is_floating_point())
 
         with _replayed(call.rng):
-            outputs, pull = torch.func.vjp(recompute, *[tensors[i] for i in needed])
-        del tensors, outputs
+            vjp: Any = torch.func.vjp  # annotated without its pair form
+            _, pull = vjp(recompute, *[tensors[i] for i in needed])
         given = [unwrap_if_dead(c) for c in cotangents if c is not None]
         given = [c for c in given if c.is_floating_point()]
         nested = torch.is_grad_enabled()
@@ -187,7 +187,8 @@ def remat(block: F) -> F:
             for rest in call.rests
             if rest is not None and rest.sharding.mesh.kind == "simulated"
         ]
-        outputs = _Remat.apply(call, ranks[0] if ranks else None, *tensors)
+        run: Any = _Remat.apply
+        outputs = run(call, ranks[0] if ranks else None, *tensors)
         return tree_unflatten(call.out_spec[0], outputs)
 
     return wrapped  # type: ignore[return-value]

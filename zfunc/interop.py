@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interop with DTensor, at the edge: under ``torch.func`` a DTensor loses its methods."""
+"""Interop with DTensor, at the edge: under torch.func a DTensor loses its methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn.functional import pad
 
@@ -20,11 +19,14 @@ from zfunc.core.tree import PyTree, map_with_path, tree_map
 
 def _device_mesh(mesh: Mesh) -> DeviceMesh:
     """The DeviceMesh over the mesh's own process groups."""
-    groups = [_resolve_process_group(name) for name in mesh.groups]  # type: ignore[arg-type]
+    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
+    groups = [resolve(name) for name in mesh.groups]
     if len(groups) == 1:
         one = dist.get_process_group_ranks(groups[0])
         names = tuple(mesh.shape)
-        return DeviceMesh.from_group(groups[0], mesh.device_type, one, mesh_dim_names=names)
+        return DeviceMesh.from_group(
+            groups[0], mesh.device_type, one, mesh_dim_names=names
+        )
     ranks = torch.arange(mesh.size).view(tuple(mesh.shape.values()))
     return DeviceMesh.from_group(
         groups, mesh.device_type, ranks, mesh_dim_names=tuple(mesh.shape)
@@ -98,7 +100,8 @@ def from_dtensor(tree: PyTree, mesh: Mesh) -> PyTree:
         sharding = NamedSharding(mesh, P(*entries))
         local = leaf.to_local().detach()
         missing = [
-            w - d for w, d in zip(sharding.local_shape(leaf.shape), local.shape, strict=True)
+            w - d
+            for w, d in zip(sharding.local_shape(leaf.shape), local.shape, strict=True)
         ]
         padding = [v for m in reversed(missing) for v in (0, m)]
         buffer = pad(local, padding) if any(missing) else local.clone()

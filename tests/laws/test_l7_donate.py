@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7: ``donate(step) == step`` bitwise, what was given is dead; ``step`` is pure."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zfunc as zf
+from tests.laws.cases import assert_bitwise, cases, copied, examples
+from zfunc.core.sharding import is_sharded
+from zfunc.core.tree import leaves_with_path, tree_leaves
+from zfunc.testing import simulate
+
+ONE_RANK = st.sampled_from([{}, {"data": 1}])
+DEAD = ("params", "grads", "moments")
+
+
+def steps_here(case):
+    """The step for one rank without a simulation, and its state."""
+    if case.mesh_shape:
+        step, spec = case.recipe.step(), case.recipe.spec
+    else:
+        step, spec = case.recipe.reference(), None
+    mesh = zf.make_mesh(case.mesh_shape)
+    return step, zf.shard(case.params, mesh, tx=case.recipe.tx(), spec=spec)
+
+
+def check(case):
+    """Every step of a donating run is bitwise that of the pure run."""
+    step, pure = steps_here(case)
+    donated = copied(pure)
+    for batch in case.batches:
+        pure = step(pure, batch)
+        donated = zf.donate(step)(donated, batch)
+        assert_bitwise(donated, pure, "donated")
+
+
+def check_simulated(case):
+    """The same on several ranks, whose buffers are the rows of the caller's tensors."""
+    donating = simulate(zf.donate(case.recipe.step()), case.mesh_shape)
+    given_away = functools.reduce(donating, case.split(), copied(case.shard()))
+    assert_bitwise(given_away, case.train(), "donated")
+
+
+def check_dead(case):
+    """The state that was given refuses every use, by the path of the leaf."""
+    step, state = steps_here(case)
+    state = step(state, case.batches[0])
+    zf.donate(step)(state, case.batches[0])
+    for field in DEAD:
+        for path, leaf in leaves_with_path(getattr(state, field), is_sharded):
+            if is_sharded(leaf):
+                refuses(f"state.{field}[{path!r}]", leaf.buffer)
+    for program in (step, zf.donate(step)):
+        with pytest.raises(zf.DonatedBufferError, match="was donated to a step"):
+            program(state, case.batches[0])
+    readable = (state.step, state.key, state.metrics)
+    assert all(leaf.isfinite().all() for leaf in tree_leaves(readable))
+
+
+def refuses(name, buffer):
+    uses = (torch.clone, lambda x: x.shape, lambda x: torch.ones(()) + x)
+    for use in uses:
+        with pytest.raises(zf.DonatedBufferError) as caught:
+            use(buffer)
+        assert str(caught.value).startswith(f"{name} was donated")
+
+
+def check_pure(case):
+    """An undonated step changes nothing that it is given, nor does it write to it."""
+    state, batch = case.shard(), case.split()[0]
+    state = case.train(state=state, batches=[batch])
+    leaves = tree_leaves((state, batch))
+    versions = [leaf._version for leaf in leaves]
+    before = copied((state, batch))
+    after = case.train(state=state, batches=[batch])
+    assert_bitwise((state, batch), before, "the arguments of a pure step")
+    assert [leaf._version for leaf in leaves] == versions
+    old = {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.numel()}
+    new = tree_leaves((after.params, after.grads, after.moments))
+    assert not any(x.untyped_storage().data_ptr() in old for x in new if x.numel())
+
+
+@examples(0.5)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=3))
+def test_donating_changes_no_bit(case):
+    check(case)
+
+
+@examples(0.5)
+@given(cases())
+def test_donating_changes_no_bit_on_several_ranks(case):
+    check_simulated(case)
+
+
+@examples(0.3)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=1))
+def test_what_was_donated_is_dead(case):
+    check_dead(case)
+
+
+@examples(0.5)
+@given(cases(num_steps=1))
+def test_a_step_changes_nothing_it_is_given(case):
+    check_pure(case)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x + 1,
+        lambda x: 1 + x,
+        lambda x: -x,
+        lambda x: x[0],
+        lambda x: x == 1,
+        lambda x: float(x),
+        len,
+        list,
+    ],
+)
+def test_the_operators_of_a_dead_leaf_name_it(use):
+    state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({}))
+    zf.donate(zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1)))(state, ())
+    with pytest.raises(zf.DonatedBufferError, match=r"state.params\['w'\] was donated"):
+        use(state.params["w"].buffer)
+
+
+def test_a_view_taken_before_survives_the_donation():
+    state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({"data": 1}))
+    full = zf.unshard(state)
+    step = zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1), zf.partition(1))
+    zf.donate(step)(state, ())
+    assert torch.equal(full.params["w"], torch.ones(2))

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dies in the middle of saves, again and again: run by test_crash.py.
+
+Forks before every save; the fork dies at a given place (before the n-th line that the
+modules which write execute, or at a random time). Then the newest checkpoint must be the
+one before or the new one, bit for bit, and the next save must succeed.
+
+Two kinds of death: of the process (what was written stays), and of the machine (what was
+not fsynced is lost: half of each file, all names in a directory, a rename).
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import zfunc as zf
+from tests.unit.checkpoint.states import contents
+from zfunc.checkpoint import latest, list_steps, restore, save
+
+TRACED = ("checkpoint/save.py", "checkpoint/files.py")
+OLD, NEW = 1, 2
+KILLED, DONE = 9, 0
+
+
+def made(seed=0, step=0):
+    """Few leaves: each one adds lines at which to die."""
+    generator = torch.Generator().manual_seed(seed)
+    params = {"w": torch.randn(7, 5, generator=generator), "b": torch.zeros(())}
+    state = zf.shard(params, zf.make_mesh({"data": 1}))
+    return state.replace(step=state.step + step)
+
+
+class Disk:
+    """What a loss of power would take: inodes that were not fsynced since a change."""
+
+    def __init__(self, root, ignored=()):
+        self.root, self.ignored = root, ignored
+        self.safe = {os.stat(path).st_ino for path in [root, *root.rglob("*")]}
+        self.renames = []
+        self.real_rename = os.rename
+
+    def fsync(self, descriptor):
+        status = os.fstat(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        kind = "directory" if os.path.isdir(path) else Path(path).suffix
+        if kind in self.ignored:
+            return
+        self.safe.add(status.st_ino)
+        if status.st_ino == os.stat(self.root).st_ino:
+            self.renames.clear()
+
+    def rename(self, source, target):
+        self.real_rename(source, target)
+        self.renames.append((source, target))
+
+    def lose_power(self):
+        """The worst that may be left."""
+        for path in sorted(self.root.rglob("*"), reverse=True):
+            if path.stat().st_ino in self.safe:
+                continue
+            if path.is_dir():
+                for file in path.iterdir():
+                    file.unlink()
+            else:
+                os.truncate(path, path.stat().st_size // 2)
+        for source, target in reversed(self.renames):
+            self.real_rename(target, source)
+
+
+def die_at(line, disk, power):
+    """Before the ``line``-th traced line: what is left is what a crash leaves."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(TRACED):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                if power:
+                    disk.lose_power()
+                os._exit(KILLED)
+        return trace
+
+    sys.settrace(trace)
+
+
+def child(root, line, *, power, ignored):
+    """Save in a fork that dies; its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        disk = Disk(root, ignored)
+        os.fsync, os.rename = disk.fsync, disk.rename
+        die_at(line, disk, power)
+        save(root, made(seed=NEW, step=NEW), meta={"of": NEW})
+        sys.settrace(None)
+        if power:  # after save has returned, the machine may die at once
+            disk.lose_power()
+        os._exit(DONE)
+    finally:
+        os._exit(1)
+
+
+def what_is_left(root, like, expected):
+    """ "old" or "new", or what is wrong."""
+    try:
+        found = latest(root)
+        step = None if found is None else int(found.name.removeprefix("step-"))
+        got = restore(root, like)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if step not in expected or contents(got.state) != expected[step]:
+        return f"step {step} with other contents"
+    if got.meta != {"of": step}:
+        return f"step {step} with the meta {got.meta}"
+    return "old" if step == OLD else "new"
+
+
+def saved_again(root):
+    """What is wrong with the next save; "" if it works and cleans up."""
+    try:
+        save(root, made(seed=NEW, step=NEW), meta={"of": NEW})
+    except zf.CheckpointError as error:
+        return f"cannot go on: {error}"
+    names = sorted(path.name for path in root.iterdir())
+    return "" if names == ["step-00000001", "step-00000002"] else f"left over: {names}"
+
+
+def at_every_line(root, *, power, ignored=(), stride=1):
+    """Counts of what is left after a death at each line, in the order of the lines."""
+    like = made(seed=9)
+    expected = {s: contents(made(seed=s, step=s)) for s in (OLD, NEW)}
+    root.mkdir(exist_ok=True)
+    save(root, made(seed=OLD, step=OLD), meta={"of": OLD})
+    results, line = [], 1
+    while True:
+        code = child(root, line, power=power, ignored=ignored)
+        left = what_is_left(root, like, expected)
+        results.append(left if code in (KILLED, DONE) else f"exit code {code}")
+        if left in ("old", "new"):  # the next save works, and cleans up
+            results[-1] = saved_again(root) or left
+        shutil.rmtree(root / "step-00000002", ignore_errors=True)
+        if code == DONE:
+            return results
+        line += stride
+
+
+def at_random_times(root, *, num_trials, seed=0):
+    """A fork that saves one step after another is killed; the newest must be whole."""
+    rng, like = random.Random(seed), made(seed=9)
+    results = []
+    for _ in range(num_trials):
+        first = max(list_steps(root), default=0) + 1
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                for step in range(first, first + 1000):
+                    save(root, made(seed=step, step=step), meta={"of": step})
+            os._exit(1)
+        time.sleep(rng.uniform(0.001, 0.06))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        newest = max(list_steps(root), default=0)
+        if newest == 0:
+            results.append("none yet")
+            continue
+        got = restore(root, like)
+        whole = contents(got.state) == contents(made(seed=newest, step=newest))
+        results.append("whole" if whole and got.meta == {"of": newest} else "mixed")
+    return results
+
+
+def main(root, mode):
+    torch.set_num_threads(1)
+    root.mkdir()
+    modes = {
+        "process": lambda: at_every_line(root, power=False),
+        "power": lambda: at_every_line(root, power=True),
+        # What these tests would find in a save that forgets to fsync something.
+        "mutants": lambda: {
+            kind: at_every_line(root / kind, power=True, ignored=(kind,), stride=3)
+            for kind in (".safetensors", ".json", "directory")
+        },
+        "random": lambda: at_random_times(root, num_trials=30),
+    }
+    print(json.dumps(modes[mode]()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of ``zfunc train``: from the configuration to the last file."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import ValidationError
+from rich.console import Console
+
+import zfunc as zf
+from zfunc import checkpoint
+from zfunc.cli.closing import finish
+from zfunc.cli.config import TrainConfig, conflicts
+from zfunc.cli.corpus import Corpus, open_corpus
+from zfunc.cli.display import make_console, make_display
+from zfunc.cli.errors import UsageError
+from zfunc.cli.loop import Progress, Training, train
+from zfunc.cli.metrics import MetricsFile
+from zfunc.cli.observer import Observer, Reporter, Silent
+from zfunc.cli.program import first_state
+from zfunc.cli.report import measured_bytes
+from zfunc.cli.rundir import RunDir
+from zfunc.data import Cursor, Loader
+from zfunc.launch import Job, StopRequest
+from zfunc.models import gpt
+
+
+def run_rank(
+    config: TrainConfig, run: RunDir, job: Job, stop: StopRequest, *, resume: bool
+) -> int:
+    """Train, as one rank of a job; rank 0 has prepared the directory of the run.
+
+    Args:
+      config: Of the run; ``nproc`` is the size of the job.
+      run: Its directory.
+      job: This rank's place.
+      stop: Whether the rank has been told to stop.
+      resume: Whether to go on from the newest checkpoint.
+
+    Returns:
+      0, or 128 + n if signal n stopped the training, which is then saved.
+
+    Raises:
+      UsageError: The text or the checkpoint cannot be used; the training diverged.
+    """
+    corpus = open_corpus(config.data)
+    mesh = zf.make_mesh({"data": job.world})
+    try:
+        training = _training(config, run, corpus, mesh)
+        start = Progress(first_state(config, mesh), Cursor(seed=config.seed))
+        if resume:
+            start = _restored(training, start)
+        console = make_console() if job.is_first else None
+        if console is not None:
+            _introduce(console, training, corpus, start.step)
+        with _observer(console, training, run, start) as observer:
+            end, stopped_by = train(training, start, observer, lambda: stop.signal)
+        if not stopped_by:
+            finish(training, corpus, end, run, console)
+        elif console is not None:
+            _say_stopped(console, run, end.step, stopped_by)
+        return 128 + stopped_by if stopped_by else 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _training(
+    config: TrainConfig, run: RunDir, corpus: Corpus, mesh: zf.Mesh
+) -> Training:
+    loader = Loader(
+        corpus.train,
+        seq_len=config.seq_len,
+        global_batch=config.batch_size,
+        rank=int(mesh.rank),
+        world=mesh.size,
+    )
+    meta = {"config": config.model_dump(mode="json"), "data_sha256": corpus.sha256()}
+    return Training(config, mesh, loader, run.checkpoints, meta)
+
+
+def _restored(training: Training, fresh: Progress) -> Progress:
+    """Where the newest checkpoint is, placed like the fresh state."""
+    root = training.checkpoints
+    try:
+        restored = checkpoint.restore(root, fresh.state)
+    except zf.CheckpointError as error:
+        raise UsageError(
+            f"--resume: {error}\n(A checkpoint that is moved out of {root} is not "
+            "looked at: --resume then goes on from the one before it.)"
+        ) from error
+    _check_origin(root, training, restored.meta)
+    return Progress(restored.state, Cursor(**restored.cursor))
+
+
+def _check_origin(root: Path, training: Training, meta: dict[str, Any]) -> None:
+    """The checkpoint is of this configuration and of these bytes."""
+    try:
+        stored = TrainConfig.model_validate(meta.get("config"))
+    except ValidationError as error:
+        raise UsageError(
+            f"--resume: the checkpoint in {root} was not saved by zfunc train"
+        ) from error
+    differing = conflicts(stored, training.config.model_dump(exclude={"data"}))
+    if differing:
+        lines = "".join(f"\n  {problem.what}: not so there" for problem in differing)
+        raise UsageError(
+            f"--resume: the checkpoint in {root} is of another run:{lines}"
+        )
+    if meta.get("data_sha256") != training.meta["data_sha256"]:
+        raise UsageError(
+            f"--resume: the text has changed since the checkpoint in {root} was saved: "
+            "give --data as it was, or start another run"
+        )
+
+
+def _observer(
+    console: Console | None, training: Training, run: RunDir, start: Progress
+) -> Observer:
+    if console is None:
+        return Silent()
+    state = start.state
+    per_rank = measured_bytes((state.params, state.grads, state.moments)).per_rank
+    steps = training.config.steps
+    display = make_display(console, steps, start.step, per_rank / 1e6)
+    return Reporter(MetricsFile(run.metrics, start.step), display)
+
+
+def _introduce(console: Console, training: Training, corpus: Corpus, step: int) -> None:
+    config, mesh = training.config, training.mesh
+    console.print(
+        f"[bold]{gpt.num_params(config.model):,} parameters[/] on {mesh.size} "
+        f"{mesh.device_type} rank{'s' * (mesh.size > 1)}, zero={config.zero}, "
+        f"{config.precision}; {len(corpus.train):,} bytes of {corpus.name} to train, "
+        f"{len(corpus.validation):,} to validate"
+    )
+    if step:
+        console.print(f"going on after step {step}")
+
+
+def _say_stopped(console: Console, run: RunDir, step: int, number: int) -> None:
+    name = signal.Signals(number).name
+    console.print(
+        f"stopped by {name} after step {step}, which is saved; go on with:\n"
+        f"  {run.resume_command}",
+        soft_wrap=True,
+    )
