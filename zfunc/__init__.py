@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """zfunc: a training step is a pure function, and its distribution is data."""
 
+from . import checkpoint as checkpoint
 from . import core as core
+from . import data as data
+from . import models as models
 from . import optim as optim
 from . import testing as testing
 from .core import random as random

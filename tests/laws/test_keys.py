@@ -26,7 +26,7 @@ def test_dropout_does_not_depend_on_mesh_or_microbatches(case, key):
     check(case, key)
 
 
-def seen(num_samples, num_steps, key, **transforms):
+def seen(num_samples, num_steps, key):
     """The numbers that the samples' keys give at each step, as ``aux``."""
 
     def loss_fn(params, batch, key):
@@ -47,9 +47,13 @@ def seen(num_samples, num_steps, key, **transforms):
     return torch.stack(rows)
 
 
-def test_every_sample_of_every_step_has_a_key_of_its_own():
-    numbers = torch.cat([seen(16, 4, key=0), seen(16, 4, key=1)])
+def check_fresh(key):
+    numbers = torch.cat([seen(16, 4, key=key), seen(16, 4, key=key + 1)])
     assert len(numbers.unique()) == numbers.numel()
+
+
+def test_every_sample_of_every_step_has_a_key_of_its_own():
+    check_fresh(0)
 
 
 def test_the_keys_are_a_function_of_the_seed():

@@ -11,7 +11,7 @@ import zfunc as zf
 from tests.laws.cases import assert_bitwise, cases, examples
 from zfunc.testing import simulate
 
-POLICIES = ("bf16", "fp32", "compute=f64,output=f32", "compute=bf16,output=bf16")
+POLICIES = ("compute=f64,output=f64", "fp32", "bf16", "compute=bf16,output=bf16")
 
 
 def check(case, policy):

@@ -118,7 +118,7 @@ def save(
     check_usable(state)
     folder = Path(root)
     what = f"saving in {folder}"
-    with _cleaning(folder, mesh) as leftovers:
+    with _removed_at_the_end() as leftovers:
 
         def prepare() -> tuple[_Draft, dict[str, str]]:
             draft = _draft(state, mesh, cursor, meta)
@@ -134,8 +134,8 @@ def save(
 
 
 @contextlib.contextmanager
-def _cleaning(folder: Path, mesh: Mesh) -> Iterator[list[Path]]:
-    """The temporary directories that were made do not outlive the block."""
+def _removed_at_the_end() -> Iterator[list[Path]]:
+    """A list for directories that are not to outlive the block, however it ends."""
     leftovers: list[Path] = []
     try:
         yield leftovers

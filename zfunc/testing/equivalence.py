@@ -18,6 +18,8 @@ from zfunc.testing.simulate import simulate, split_batch
 
 FIELDS = ("params", "grads", "moments", "metrics", "step", "key")
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 class EquivalenceError(ZfuncError, AssertionError):
     """Sharded training that is not unsharded training: when, where, by how much, how.
@@ -55,8 +57,9 @@ def differences(
 ) -> list[Difference]:
     """The leaves where ``|got - want| <= atol + rtol * |want|`` fails, worst first.
 
-    Plain tensors, compared in float64; NaN equals NaN. A leaf that only one tree has,
-    or with another shape, is infinitely far away. The defaults ask for equality.
+    Plain tensors, compared in float64; NaN equals NaN, and integers are not rounded. A
+    leaf that only one tree has, or with another shape, is infinitely far away. The
+    defaults ask for equality.
 
     Example:
       >>> differences({"w": torch.tensor([1.0, 2.5])}, {"w": torch.tensor([1.0, 2.0])})
@@ -78,8 +81,10 @@ def _difference(path: str, got: Any, want: Any, rtol: float, atol: float) -> Dif
         return Difference(path, 0.0, 0.0)
     a, b = got.detach().double(), want.detach().double()
     same = (got == want) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
-    allowed = atol + rtol * b.abs()
+    # Large integers may differ and yet round to the same float64.
+    apart = (a - b).abs().clamp_min(TINY).nan_to_num(math.inf, math.inf)
+    apart = torch.where(same, 0.0, apart)
+    allowed = atol + rtol * b.abs() if want.is_floating_point() else b * 0
     excess = torch.where(apart == 0, 0.0, apart / allowed)
     excess = excess.nan_to_num(math.inf, math.inf)
     worst = excess.flatten().argmax()

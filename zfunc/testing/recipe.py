@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from zfunc.transforms.remat import remat
 from zfunc.core.sharding import P
 from zfunc.core.step import TrainStep, Transform, train_step
 from zfunc.optim import (
@@ -22,6 +21,7 @@ from zfunc.optim import (
 )
 from zfunc.testing.trees import tree_loss
 from zfunc.transforms import accumulate, partition
+from zfunc.transforms.remat import remat
 
 Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
 

@@ -55,32 +55,51 @@ def shapes(*, max_dims: int = 3) -> st.SearchStrategy[torch.Size]:
       torch.Size([0])
     """
     rows = st.one_of(st.integers(1, 5), st.sampled_from([0, 7, 12, 33]))
-    tail = st.lists(st.integers(1, 4), max_size=max_dims - 1)
-    matrix = st.builds(lambda first, rest: torch.Size([first, *rest]), rows, tail)
-    return st.one_of(st.just(torch.Size([])), matrix)
+
+    def of_dims(dims: int) -> st.SearchStrategy[torch.Size]:
+        sizes = [rows, *[st.integers(1, 4)] * max_dims][:dims]
+        return st.tuples(*sizes).map(torch.Size)
+
+    return st.integers(0, max_dims).flatmap(of_dims)
 
 
+@st.composite
 def param_trees(
-    dtype: torch.dtype = torch.float64, *, max_leaves: int = 5
-) -> st.SearchStrategy[PyTree]:
+    draw: st.DrawFn,
+    /,
+    dtype: torch.dtype = torch.float64,
+    *,
+    max_leaves: int = 5,
+) -> PyTree:
     """Parameters: nested dicts, lists and tuples of tensors, or a tensor alone.
 
     Example:
       >>> from hypothesis import find, settings
       >>> quiet = settings(database=None)
-      >>> find(param_trees(), lambda tree: isinstance(tree, dict), settings=quiet)
-      {'a': tensor(1.5410, dtype=torch.float64)}
+      >>> from zfunc.core.tree import tree_leaves
+      >>> tree = find(param_trees(), lambda t: isinstance(t, dict), settings=quiet)
+      >>> all(x.dtype == torch.float64 for x in tree_leaves(tree))
+      True
     """
+    num_leaves = draw(st.integers(1, max_leaves))
+    leaves = [draw(shapes()) for _ in range(num_leaves)]
+    return random_tree(draw(_nested(leaves)), draw(_seeds()), dtype=dtype)
 
-    def nest(inner: st.SearchStrategy[PyTree]) -> st.SearchStrategy[PyTree]:
-        return st.one_of(
-            st.dictionaries(st.sampled_from("abcw"), inner, min_size=1, max_size=3),
-            st.lists(inner, min_size=1, max_size=3),
-            st.lists(inner, min_size=1, max_size=2).map(tuple),
-        )
 
-    trees = st.recursive(shapes(), nest, max_leaves=max_leaves)
-    return st.builds(random_tree, trees, _seeds(), dtype=st.just(dtype))
+@st.composite
+def _nested(draw: st.DrawFn, /, leaves: list[PyTree]) -> PyTree:
+    """Some container of the leaves: flat, or with the last ones deeper."""
+    kind = draw(st.sampled_from(["list", "tuple", "dict", "dict"]))
+    if len(leaves) == 1 and draw(st.booleans()):
+        return leaves[0]
+    flat = draw(st.integers(1, len(leaves)))
+    nodes = leaves[:flat]
+    if leaves[flat:]:
+        nodes.append(draw(_nested(leaves[flat:])))
+    if kind == "dict":
+        # Not in the order of the keys, which is that of the leaves.
+        return {f"w{i}": nodes[i] for i in reversed(range(len(nodes)))}
+    return tuple(nodes) if kind == "tuple" else nodes
 
 
 @st.composite

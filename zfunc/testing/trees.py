@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from zfunc.transforms.remat import remat as rematerialized
 from zfunc.core.state import Mean
 from zfunc.core.tree import PyTree, tree_leaves, tree_map
+from zfunc.transforms.remat import remat as rematerialized
 
 NUM_FEATURES = 3
 NUM_CLASSES = 4

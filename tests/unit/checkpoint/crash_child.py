@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dies in the middle of saves, again and again: run by test_crash.py.
 
-Forks before every save; the fork dies at a given place (before the n-th line that the
-modules which write execute, or at a random time). Then the newest checkpoint must be the
-one before or the new one, bit for bit, and the next save must succeed.
+Forks before every save; the fork dies at a given place: before the n-th line that the
+modules which write execute, or at a random time. Then the newest checkpoint must be
+the one before or the new one, bit for bit, and the next save must succeed.
 
-Two kinds of death: of the process (what was written stays), and of the machine (what was
-not fsynced is lost: half of each file, all names in a directory, a rename).
+Two kinds of death: of the process (what was written stays), and then of the machine
+too (what was not fsynced is lost: half of a file, all names in a directory, a rename).
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -39,44 +40,49 @@ def made(seed=0, step=0):
 
 
 class Disk:
-    """What a loss of power would take: inodes that were not fsynced since a change."""
+    """Which inodes are safe from a loss of power, and which renames are not."""
 
-    def __init__(self, root, ignored=()):
+    def __init__(self, root, ignored):
         self.root, self.ignored = root, ignored
         self.safe = {os.stat(path).st_ino for path in [root, *root.rglob("*")]}
         self.renames = []
         self.real_rename = os.rename
 
     def fsync(self, descriptor):
-        status = os.fstat(descriptor)
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         kind = "directory" if os.path.isdir(path) else Path(path).suffix
-        if kind in self.ignored:
+        if kind == self.ignored:
             return
-        self.safe.add(status.st_ino)
-        if status.st_ino == os.stat(self.root).st_ino:
+        self.safe.add(os.fstat(descriptor).st_ino)
+        if path == str(self.root):
             self.renames.clear()
 
     def rename(self, source, target):
         self.real_rename(source, target)
-        self.renames.append((source, target))
+        self.renames.append((str(source), str(target)))
 
-    def lose_power(self):
-        """The worst that may be left."""
-        for path in sorted(self.root.rglob("*"), reverse=True):
-            if path.stat().st_ino in self.safe:
-                continue
-            if path.is_dir():
-                for file in path.iterdir():
-                    file.unlink()
-            else:
-                os.truncate(path, path.stat().st_size // 2)
-        for source, target in reversed(self.renames):
-            self.real_rename(target, source)
+    def die(self, code, report):
+        report.write_text(json.dumps([sorted(self.safe), self.renames]))
+        os._exit(code)
 
 
-def die_at(line, disk, power):
-    """Before the ``line``-th traced line: what is left is what a crash leaves."""
+def lose_power(root, report):
+    """The worst that may be left of what is not safe."""
+    safe, renames = json.loads(report.read_text())
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.stat().st_ino in safe:
+            continue
+        if path.is_dir():
+            for file in path.iterdir():
+                file.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+    for source, target in reversed(renames):
+        os.rename(target, source)
+
+
+def tracer(line, die):
+    """Calls ``die`` before the ``line``-th traced line."""
     count = 0
 
     def trace(frame, event, argument):
@@ -86,15 +92,13 @@ def die_at(line, disk, power):
         if event == "line":
             count += 1
             if count == line:
-                if power:
-                    disk.lose_power()
-                os._exit(KILLED)
+                die()
         return trace
 
-    sys.settrace(trace)
+    return trace
 
 
-def child(root, line, *, power, ignored):
+def child(root, line, report, ignored):
     """Save in a fork that dies; its exit code."""
     pid = os.fork()
     if pid:
@@ -102,18 +106,16 @@ def child(root, line, *, power, ignored):
     try:
         disk = Disk(root, ignored)
         os.fsync, os.rename = disk.fsync, disk.rename
-        die_at(line, disk, power)
+        sys.settrace(tracer(line, lambda: disk.die(KILLED, report)))
         save(root, made(seed=NEW, step=NEW), meta={"of": NEW})
         sys.settrace(None)
-        if power:  # after save has returned, the machine may die at once
-            disk.lose_power()
-        os._exit(DONE)
+        disk.die(DONE, report)  # after save has returned, the machine may die at once
     finally:
         os._exit(1)
 
 
 def what_is_left(root, like, expected):
-    """ "old" or "new", or what is wrong."""
+    """The newest step, "old" or "new", or what is wrong."""
     try:
         found = latest(root)
         step = None if found is None else int(found.name.removeprefix("step-"))
@@ -137,27 +139,30 @@ def saved_again(root):
     return "" if names == ["step-00000001", "step-00000002"] else f"left over: {names}"
 
 
-def at_every_line(root, *, power, ignored=(), stride=1):
-    """Counts of what is left after a death at each line, in the order of the lines."""
+def at_every_line(root, *, ignored=None, stride=1):
+    """What a death at each line leaves, of the process and then of the machine."""
+    root.mkdir()
+    report = root.with_name(f"{root.name}.report")
     like = made(seed=9)
     expected = {s: contents(made(seed=s, step=s)) for s in (OLD, NEW)}
-    root.mkdir(exist_ok=True)
     save(root, made(seed=OLD, step=OLD), meta={"of": OLD})
-    results, line = [], 1
-    while True:
-        code = child(root, line, power=power, ignored=ignored)
-        left = what_is_left(root, like, expected)
-        results.append(left if code in (KILLED, DONE) else f"exit code {code}")
-        if left in ("old", "new"):  # the next save works, and cleans up
-            results[-1] = saved_again(root) or left
+    results, line, code = [], 1, KILLED
+    gc.freeze()
+    while code == KILLED:
+        code = child(root, line, report, ignored)
+        process = what_is_left(root, like, expected)
+        lose_power(root, report)
+        power = what_is_left(root, like, expected)
+        again = saved_again(root)
+        results.append([process, power, again if code in (KILLED, DONE) else str(code)])
         shutil.rmtree(root / "step-00000002", ignore_errors=True)
-        if code == DONE:
-            return results
         line += stride
+    return results
 
 
 def at_random_times(root, *, num_trials, seed=0):
     """A fork that saves one step after another is killed; the newest must be whole."""
+    root.mkdir()
     rng, like = random.Random(seed), made(seed=9)
     results = []
     for _ in range(num_trials):
@@ -181,21 +186,20 @@ def at_random_times(root, *, num_trials, seed=0):
     return results
 
 
-def main(root, mode):
+def main(root):
     torch.set_num_threads(1)
-    root.mkdir()
-    modes = {
-        "process": lambda: at_every_line(root, power=False),
-        "power": lambda: at_every_line(root, power=True),
-        # What these tests would find in a save that forgets to fsync something.
-        "mutants": lambda: {
-            kind: at_every_line(root / kind, power=True, ignored=(kind,), stride=3)
-            for kind in (".safetensors", ".json", "directory")
+    kinds = (".safetensors", ".json", "directory")
+    results = {
+        "lines": at_every_line(root / "lines"),
+        "random": at_random_times(root / "random", num_trials=30),
+        # What these tests find in a save that forgets to fsync something.
+        "mutants": {
+            kind: at_every_line(root / f"no {kind}", ignored=kind, stride=60)[-1][1:]
+            for kind in kinds
         },
-        "random": lambda: at_random_times(root, num_trials=30),
     }
-    print(json.dumps(modes[mode]()))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

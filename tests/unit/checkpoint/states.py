@@ -105,10 +105,15 @@ def edit_manifest(directory: Path, change):
     path = directory / "manifest.json"
     tree = json.loads(path.read_text())
     change(tree)
-    contents = {name: tree[name] for name in tree if name != "manifest_sha256"}
-    text = json.dumps(contents, separators=(",", ":"), ensure_ascii=False)
-    tree["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(tree))
+    path.write_text(with_its_hash(tree))
+
+
+def with_its_hash(tree):
+    """The text of a manifest whose author knows about its hash."""
+    rest = {name: tree[name] for name in tree if name != "manifest_sha256"}
+    text = json.dumps(rest, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**rest, "manifest_sha256": digest})
 
 
 def everything(root: Path):

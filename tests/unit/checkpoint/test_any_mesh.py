@@ -103,6 +103,47 @@ def test_every_element_is_stored_once(axes, data):
     assert bool((count == 1).all())
 
 
+def short(boxes):
+    return boxes[:-1]
+
+
+def unmoved(boxes):
+    return [
+        box._replace(target=tuple(slice(0, s.stop - s.start) for s in box.target))
+        for box in boxes
+    ]
+
+
+def reread(boxes):
+    return [
+        box._replace(source=tuple(slice(0, s.stop - s.start) for s in box.source))
+        for box in boxes
+    ]
+
+
+def swapped(boxes):
+    return [box._replace(rank=1 - box.rank) for box in boxes]
+
+
+@pytest.mark.parametrize("mutant", [None, short, unmoved, reread, swapped])
+def test_wrong_arithmetic_gives_other_values(tmp_path, monkeypatch, mutant):
+    one, two, full = (("data", 2),), (("data", 3),), [torch.randn(10)]
+    directory = saved_by_ranks(tmp_path, one, full, [P("data")])
+    found, _ = manifest.read_manifest(directory)
+    real = layout.sources
+
+    def wrong(axes, spec, shape, region):
+        boxes = list(real(axes, spec, shape, region))
+        return mutant(boxes) if shape and mutant else boxes
+
+    monkeypatch.setattr(RESTORE, "sources", wrong)
+    like, expected = (
+        state_on(two, 1, x, [P("data")]) for x in ([torch.zeros(10)], full)
+    )
+    got = RESTORE._load(directory, found, like, Mesh(two, "process", rank=1))
+    assert (contents(got) == contents(expected)) == (mutant is None)
+
+
 def test_a_rank_reads_only_what_it_needs(tmp_path, monkeypatch):
     full = [torch.arange(12.0).view(12, 1), torch.arange(5.0)]
     axes = (("data", 4),)

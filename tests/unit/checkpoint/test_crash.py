@@ -20,39 +20,45 @@ ROOT = Path(__file__).resolve().parents[3]
 CALLS = ("open", "fsync", "mkdir", "rename", "close")
 
 
-def die(root, mode):
+@pytest.fixture(scope="module")
+def deaths(tmp_path_factory):
+    """What crash_child found: by line, at random times, and with a mutant."""
+    root = tmp_path_factory.mktemp("deaths").resolve()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.checkpoint.crash_child", str(root), mode],
+        [sys.executable, "-m", "tests.unit.checkpoint.crash_child", str(root)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mode", ["process", "power"])
-def test_death_at_every_line_of_a_save(tmp_path, mode):
-    results = die(tmp_path / "root", mode)
+@pytest.mark.parametrize("kind", [0, 1], ids=["process", "machine"])
+def test_death_at_every_line_of_a_save(deaths, kind):
+    results = [row[kind] for row in deaths["lines"]]
     assert set(results) == {"old", "new"}
     assert len(results) > 200
-    # Once it is there it stays; what save has returned is there, power or not.
+    # Once it is there it stays; and what save has returned is there.
     first = results.index("new")
     assert results[first:] == ["new"] * (len(results) - first)
 
 
-def test_a_save_that_forgets_to_sync_is_caught(tmp_path):
-    results = die(tmp_path / "root", "mutants")
-    assert any("rank-00000.safetensors: " in r for r in results[".safetensors"])
-    assert any("not a complete checkpoint" in r for r in results[".json"])
-    assert results["directory"][-1] == "old"
+def test_the_save_after_a_death_succeeds_and_cleans_up(deaths):
+    assert {row[2] for row in deaths["lines"]} == {""}
 
 
-def test_kill_at_random_times(tmp_path):
-    results = die(tmp_path / "root", "random")
-    assert set(results) <= {"whole", "none yet"}
-    assert results.count("whole") > 20
+def test_death_at_random_times(deaths):
+    assert set(deaths["random"]) <= {"whole", "none yet"}
+    assert deaths["random"].count("whole") > 20
+
+
+def test_a_save_that_forgets_to_sync_would_be_found(deaths):
+    power, again = zip(*deaths["mutants"].values(), strict=True)
+    assert "rank-00000.safetensors: " in power[0]
+    assert "not a complete checkpoint" in again[1]
+    assert power[2] == "old"
 
 
 # --- calls that fail -------------------------------------------------------------
@@ -73,6 +79,15 @@ def failing(name, at, error, seen):
     return call
 
 
+def message_of_saving(root, state):
+    """The error of saving, "" if there is none."""
+    try:
+        save(root, state)
+    except zf.CheckpointError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_a_call_that_fails_leaves_the_old_and_no_leftovers(tmp_path, name, code):
@@ -85,15 +100,13 @@ def test_a_call_that_fails_leaves_the_old_and_no_leftovers(tmp_path, name, code)
         with pytest.MonkeyPatch.context() as patch:
             error = OSError(code, os.strerror(code))
             patch.setattr(os, name, failing(name, at, error, seen))
-            try:
-                save(tmp_path, made(step=2))
-            except zf.CheckpointError as raised:
-                assert os.strerror(code) in str(raised)
-                assert str(tmp_path) in str(raised)
-                num_failed += 1
-            else:
-                if len(seen) <= at:  # it did not come to that many calls
-                    break
+            message = message_of_saving(tmp_path, made(step=2))
+        if len(seen) <= at:  # it did not come to that many calls
+            break
+        if message:
+            assert os.strerror(code) in message
+            assert str(tmp_path) in message
+            num_failed += 1
         assert not list(tmp_path.glob(".tmp*"))
         found = everything(tmp_path)
         assert {name: found[name] for name in before} == before

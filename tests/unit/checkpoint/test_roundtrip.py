@@ -182,6 +182,23 @@ def test_nothing_given_changes(tmp_path):
     assert (contents(state), contents(like)) == before
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_from_and_to_a_gpu(tmp_path):
+    gpu = zf.make_mesh(MESH, device="cuda")
+    state = made(mesh=gpu, step=4)
+    path = save(tmp_path / "gpu", state)
+    back = restore(path, made(seed=1, mesh=gpu)).state
+    assert_same(back, state)
+    assert back.params["cube"].buffer.device == state.params["cube"].buffer.device
+    # The device is not in the bytes.
+    cpu = zf.make_mesh(MESH, device="cpu")
+    assert everything(save(tmp_path / "cpu", made(mesh=cpu, step=4))) == everything(
+        path
+    )
+    assert contents(restore(path, made(mesh=cpu)).state) == contents(state)
+
+
 def test_data_file_is_readable_by_safetensors(tmp_path):
     from safetensors.torch import load_file
 
