@@ -43,7 +43,7 @@ class TrainConfig(BaseModel):
         description="Ranks on this machine. [default: all GPUs, else 2]",
     )
     steps: int = Field(
-        default=220, ge=1, description="Optimizer steps of the whole run."
+        default=300, ge=1, description="Optimizer steps of the whole run."
     )
     zero: Literal[0, 1, 2, 3] = Field(
         default=3, description="ZeRO stage: 0 replicates; 1, 2 and 3 shard the state."
@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
         default=1, ge=1, description="Parts in which each rank computes its batch."
     )
     batch_size: int = Field(
-        default=32, ge=1, description="Samples per step, over all ranks."
+        default=16, ge=1, description="Samples per step, over all ranks."
     )
     seq_len: int = Field(default=128, ge=2, description="Bytes per sample.")
     d_model: int = Field(default=128, ge=2, description="Width of the model.")
@@ -66,11 +66,11 @@ class TrainConfig(BaseModel):
         ge=1,
         description="Key/value heads. [default: as many as query heads]",
     )
-    lr: float = Field(default=4e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int | None = Field(
         default=None,
         ge=0,
-        description="Steps in which the rate rises. [default: a tenth, at most 100]",
+        description="Steps in which the rate rises. [default: a fifth, at most 100]",
     )
     clip: float = Field(
         default=1.0, ge=0, description="Largest norm of the gradient; 0 turns it off."
@@ -119,7 +119,7 @@ class TrainConfig(BaseModel):
         """Steps in which the learning rate rises."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return min(self.steps // 10, _MAX_WARMUP_STEPS)
+        return min(self.steps // 5, _MAX_WARMUP_STEPS)
 
 
 def problems_of(options: Mapping[str, Any]) -> list[Problem]:

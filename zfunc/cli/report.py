@@ -102,19 +102,16 @@ def closing_table(summary: Summary) -> RenderableType:
 
 def _memory_table(summary: Summary) -> Table:
     kind = f"ZeRO {summary.zero}" if summary.zero else "replicated"
-    table = Table(
-        title=f"State of {summary.num_params:,} parameters on {summary.ranks} ranks, "
-        f"{kind}, MB",
-        title_justify="left",
-    )
-    table.add_column("")
-    for name in ("per rank", "unsharded", "ratio"):
+    ranks = f"{summary.ranks} rank{'s' * (summary.ranks > 1)}"
+    table = Table()
+    table.add_column(f"state on {ranks}, {kind}")
+    for name in ("MB per rank", "MB unsharded", "ratio"):
         table.add_column(name, justify="right")
     for name in ("params", "grads", "moments", "state"):
         part = getattr(summary, name)
         ratio = part.per_rank / part.unsharded if part.unsharded else math.nan
         table.add_row(
-            "all of it" if name == "state" else name,
+            "all three" if name == "state" else name,
             f"{part.per_rank / 1e6:.2f}",
             f"{part.unsharded / 1e6:.2f}",
             f"{ratio:.3f}",
@@ -136,16 +133,13 @@ def _figures(summary: Summary) -> Table:
         ("peak RSS per rank", f"{summary.peak_rss_mb:,.0f} MB"),
     ]
     if summary.compared_steps:
-        first = f"in the first {summary.compared_steps} steps"
+        first = f"{summary.compared_steps} steps unsharded in float32"
         rows += [
             (
-                f"largest difference from the unsharded float32 run {first}: loss",
-                f"{summary.loss_difference:.1e} nats",
+                f"largest difference from {first}: loss",
+                f"{summary.loss_difference:.1e}",
             ),
-            (
-                "... and gradients, relative to the largest of each tensor",
-                f"{summary.gradient_difference:.1e}",
-            ),
+            ("    and gradients, relative", f"{summary.gradient_difference:.1e}"),
         ]
     rows.append(("sha256 of the parameters", f"{summary.params_sha256[:16]}..."))
     for name, value in rows:

@@ -132,14 +132,17 @@ def _observer(
 
 def _introduce(console: Console, training: Training, corpus: Corpus, step: int) -> None:
     config, mesh = training.config, training.mesh
+    ranks = f"{mesh.size} {mesh.device_type} rank{'s' * (mesh.size > 1)}"
     console.print(
-        f"[bold]{gpt.num_params(config.model):,} parameters[/] on {mesh.size} "
-        f"{mesh.device_type} rank{'s' * (mesh.size > 1)}, zero={config.zero}, "
-        f"{config.precision}; {len(corpus.train):,} bytes of {corpus.name} to train, "
-        f"{len(corpus.validation):,} to validate"
+        f"{gpt.num_params(config.model):,} parameters on {ranks}, ZeRO {config.zero}, "
+        f"{config.precision}"
+    )
+    console.print(
+        f"{len(corpus.train):,} bytes to train on and {len(corpus.validation):,} to "
+        f"validate with, from {corpus.name}"
     )
     if step:
-        console.print(f"going on after step {step}")
+        console.print(f"going on after step {step} of {config.steps}")
 
 
 def _say_stopped(console: Console, run: RunDir, step: int, number: int) -> None:

@@ -36,7 +36,10 @@ def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
       >>> fold_in(torch.tensor(0), torch.arange(3)).shape
       torch.Size([3])
     """
-    return _mix(_mix(key + _GOLDEN) ^ (data * _GOLDEN + _MIX_1))
+    offset = data * _GOLDEN + _MIX_1
+    if isinstance(offset, int):  # wrap around as tensors do
+        offset = (offset + 2**63) % 2**64 - 2**63
+    return _mix(_mix(key + _GOLDEN) ^ offset)
 
 
 def uniform(key: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from zfunc.core.random import fold_in
-from zfunc.transforms.remat import remat
 from zfunc.models import GPTConfig, gpt
+from zfunc.transforms.remat import remat
 
 SMALL = GPTConfig(
     vocab_size=61,
