@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import zfunc as zf
 from tests.distributed.pool import Pool, RankError
+from zfunc.core.tree import tree_structure
 from zfunc.testing.memory import peak_live_bytes
 
 pytestmark = pytest.mark.distributed
@@ -56,12 +57,12 @@ def run(mesh, world, rank, zero, microbatches, kind, clip, donated=False, steps=
     step = zf.donate(step) if donated else step
     spec = zf.P() if zero == 0 else None
     state = zf.shard(params_of(), mesh, tx=tx, spec=spec)
-    structure = zf.core.tree.tree_structure(state)
+    structure = tree_structure(state)
     size = SAMPLES // world
     for i in range(steps):
         mine = zf.tree_map(lambda x: x[rank * size : (rank + 1) * size], batch_of(i))
         state = step(state, mine)
-        if zf.core.tree.tree_structure(state) != structure:
+        if tree_structure(state) != structure:
             raise AssertionError("the step changed the placement of the state")
     full = zf.unshard(state)
     return full.params, full.grads, full.metrics, full.moments
@@ -188,9 +189,7 @@ def dtensor_round_trip(axes):
     assert all(map(torch.equal, zf.tree_leaves(full), zf.tree_leaves(params)))
     back = zf.from_dtensor(dtensors, mesh)
     assert all(map(torch.equal, zf.tree_leaves(back), zf.tree_leaves(state.params)))
-    assert zf.core.tree.tree_structure(back) == zf.core.tree.tree_structure(
-        state.params
-    )
+    assert tree_structure(back) == tree_structure(state.params)
 
 
 def test_dtensors_are_the_same_leaves(ranks):

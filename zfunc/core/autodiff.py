@@ -61,8 +61,9 @@ def value_and_grad(
         leaves, spec = tree_flatten(params)
         if not leaves:
             raise TypeError("params has no leaves: there is nothing to differentiate.")
-        if not nested:  # a graph at the base level would keep every activation alive
-            leaves = [leaf.detach() for leaf in leaves]
+        # A graph at the base level would keep every activation alive; in a nested call
+        # the view makes a parameter that is gathered at its first use a plain tensor.
+        leaves = [x.view_as(x) if nested else x.detach() for x in leaves]
         aux_spec: list[Any] = []
 
         def flat(*tensors: torch.Tensor) -> Any:

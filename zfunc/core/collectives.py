@@ -174,11 +174,12 @@ def all_to_all(
     stacked = []
     for x in leaves:
         _check_divides(x, split_dim, n, "all_to_all", axis)
-        stacked.append(
-            x.unflatten(split_dim, (n, x.shape[split_dim] // n)).movedim(split_dim, 0)
-        )
-    ys = apply(wire.AllToAll(mesh, axis), stacked)
-    joined = [y.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1) for y in ys]
+        dim = split_dim % x.dim()
+        stacked.append(x.unflatten(dim, (n, x.shape[dim] // n)).movedim(dim, 0))
+    joined = []
+    for x, y in zip(leaves, apply(wire.AllToAll(mesh, axis), stacked), strict=True):
+        dim = concat_dim % x.dim()
+        joined.append(y.movedim(0, dim).flatten(dim, dim + 1))
     return tree_unflatten(spec, joined)
 
 

@@ -130,6 +130,8 @@ def shard(
       P('data')
     """
     check_floating(params, "params")
+    if not tree_leaves(params):
+        raise TypeError("params has no leaves: there is nothing to train.")
     if any(is_sharded(leaf) for leaf in tree_leaves(params, is_sharded)):
         raise PlacementError(
             "params are placed already: use zf.reshard to move them, or give shard "
@@ -142,8 +144,9 @@ def shard(
     if mesh.kind == "process":
         _check_agreement(params, mesh)
     placed = place_tree(params, mesh, spec, dtype)
-    counter = tree_leaves(placed)[0].new_zeros((), dtype=torch.int64)
-    zero = counter.to(torch.float32)
+    first = tree_leaves(placed)[0]
+    counter = first.new_zeros((), dtype=torch.int64)
+    zero = counter.to(torch.promote_types(first.dtype, torch.float32))
     return TrainState(
         step=counter,
         params=placed,

@@ -119,34 +119,33 @@ class TrainStep(NamedTuple):
 
     def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
         """One step: the gradient of the mean loss, the update, the metrics."""
-        return self.run(check_usable(state), batch, pure_update)
+        moments = self.moments_of(check_usable(state))
+        metrics, grads = self.gradients(state, batch)
+        params, moments = pure_update(self.tx, grads, moments, state.params)
+        return _advanced(state, params, grads, moments, metrics)
 
-    def run(
-        self, state: TrainState, batch: PyTree, update: Callable[..., Any]
-    ) -> TrainState:
-        """One step whose optimizer runs as ``update``: pure, or consuming."""
-        params, moments, step, key = state.params, state.moments, state.step, state.key
-        del state  # a donated state is freed as it is used up
-        if moments is None:
-            moments = self.tx.init(params)
-        else:
-            self._check_moments(params, moments)
-        samples = Samples(fold_in(key, step), _sample_index(batch, key))
+    def gradients(self, state: TrainState, batch: PyTree) -> tuple[Metrics, PyTree]:
+        """The metrics and the reduced gradient of the mean loss, before the update."""
+        samples = Samples(fold_in(state.key, state.step), _sample_index(batch, state))
         grad_fn = self.accumulate(self.grad(self.loss))
-        tally, grads = grad_fn(params, batch, samples)
+        tally, summed = grad_fn(state.params, batch, samples)
         weight = tally.loss.weight
         divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
-        leaves, spec = tree_flatten(grads)
-        del grads
+        leaves, spec = tree_flatten(summed)
+        del summed
         for i, g in enumerate(leaves):  # one at a time: each frees the one it replaces
             leaves[i] = (g / divisor).to(g.dtype)
             del g
         grads = tree_unflatten(spec, leaves)
-        del leaves
-        params, moments = update(self.tx, grads, moments, params)
         values = tree_map(Mean.value, tally, is_leaf=lambda x: isinstance(x, Mean))
-        metrics = Metrics(values.loss, global_norm(grads), values.aux)
-        return TrainState(step + 1, params, grads, moments, key, metrics)
+        return Metrics(values.loss, global_norm(grads), values.aux), grads
+
+    def moments_of(self, state: TrainState) -> PyTree:
+        """The state's moments, fitting this optimizer; at the first step, new ones."""
+        if state.moments is None:
+            return self.tx.init(state.params)
+        self._check_moments(state.params, state.moments)
+        return state.moments
 
     def _check_moments(self, params: PyTree, moments: PyTree) -> None:
         shapes = tree_map(lambda p: torch.empty_like(p, device="meta"), params)
@@ -227,9 +226,11 @@ def train_step(
 def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     """The same step, bit for bit, which consumes its input's buffers.
 
-    Gradients of the last step are freed before the backward; parameters and moments are
-    updated in place, a group of leaves at a time where the optimizer is leafwise. Every
-    leaf of the old state's params,
+    The gradients of the last step are freed before the backward, parameters and moments
+    as their successors are made: a group of leaves at a time where the optimizer is
+    leafwise. Nothing is written over, so tensors that share memory with the old state
+    keep their values. A step that raises before its update takes the old gradients
+    only. Every leaf of the old state's params,
     grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
     stay readable.
 
@@ -251,38 +252,51 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
 
     @functools.wraps(step.__call__)
     def donating(state: TrainState, batch: PyTree) -> TrainState:
-        return step.run(_taken(check_usable(state)), batch, consuming_update)
+        _check_placed(check_usable(state))
+        moments = step.moments_of(state)
+        consume(state.grads, "grads")
+        # What is wrong with a batch shows here, when nothing that is needed is gone.
+        metrics, grads = step.gradients(state, batch)
+        owned = [consume(state.params, "params"), consume(moments, "moments")]
+        del moments
+        params, moments = consuming_update(step.tx, grads, owned)
+        return _advanced(state, params, grads, moments, metrics)
 
     return donating
 
 
-def _taken(state: TrainState) -> TrainState:
+def _advanced(
+    state: TrainState, params: PyTree, grads: PyTree, moments: PyTree, metrics: Metrics
+) -> TrainState:
+    """The next state; its gradients are stored in the dtype of the parameters."""
+    stored = tree_map(lambda g, p: g.to(p.dtype), grads, params)
+    return TrainState(state.step + 1, params, stored, moments, state.key, metrics)
+
+
+def _check_placed(state: TrainState) -> None:
     for path, leaf in leaves_with_path(state.params, is_sharded):
         if not is_sharded(leaf):
             raise PlacementError(
                 f"params[{path!r}] is a plain tensor, which a step cannot take over: "
                 "make the state with zf.shard(params, mesh), or do not donate."
             )
-    consume(state.grads, "grads")
-    return state.replace(
-        params=consume(state.params, "params"),
-        grads=None,
-        moments=consume(state.moments, "moments"),
-    )
 
 
-def _sample_index(batch: PyTree, key: torch.Tensor) -> torch.Tensor:
+def _sample_index(batch: PyTree, state: TrainState) -> torch.Tensor:
     tensors = [x for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()]
-    return torch.arange(tensors[0].shape[0] if tensors else 0, device=key.device)
+    count = tensors[0].shape[0] if tensors else 0
+    return torch.arange(count, device=state.key.device)
 
 
 def _tallying(loss_fn: Callable[..., Any]) -> LossFn:
     """The user's loss as a function of sums."""
-    takes_key = _num_positional(loss_fn) >= 3
+    key_name, takes_key = _key_parameter(loss_fn)
 
     def loss(params: PyTree, batch: PyTree, samples: Samples) -> Tally:
-        keys = (fold_in(samples.key, samples.index),) if takes_key else ()
-        out = loss_fn(params, batch, *keys)
+        keys = fold_in(samples.key, samples.index) if takes_key else None
+        named_key = {key_name: keys} if key_name else {}
+        third = (keys,) if takes_key and not key_name else ()
+        out = loss_fn(params, batch, *third, **named_key)
         pair = isinstance(out, tuple) and len(out) == 2
         value, aux = out if pair else (out, {})
         return Tally(_mean(value, "the loss"), _aux_means(aux))
@@ -290,19 +304,24 @@ def _tallying(loss_fn: Callable[..., Any]) -> LossFn:
     return named(loss, getattr(loss_fn, "__name__", type(loss_fn).__name__))
 
 
-def _num_positional(fn: Callable[..., Any]) -> int:
+def _key_parameter(fn: Callable[..., Any]) -> tuple[str | None, bool]:
+    """The name that takes the key (None: the third position), and whether any does."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # builtins have none
-        return 2
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [
-        p
-        for p in parameters
-        if p.kind in kinds and p.default is inspect.Parameter.empty
-    ]
-    optional_key = any(p.name in ("key", "keys") for p in parameters if p.kind in kinds)
-    return 3 if optional_key else len(required)
+        return None, False
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    for p in parameters:
+        if (
+            p.name in ("key", "keys")
+            and p.kind is not inspect.Parameter.POSITIONAL_ONLY
+        ):
+            return p.name, True
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return None, len(required) >= 3
 
 
 def _aux_means(aux: PyTree) -> PyTree:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer's part of a step: pure, or consuming what it was given."""
+"""The optimizer's part of a step: keeping what it is given, or letting it go."""
 
 from __future__ import annotations
 
@@ -28,43 +28,41 @@ def pure_update(
     return tree_map(_added, params, updates), moments
 
 
-def consuming_update(
-    tx: Any, grads: PyTree, moments: PyTree, params: PyTree
-) -> tuple[PyTree, PyTree]:
-    r"""The same bits; parameters and moments are written over.
+def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, Any]:
+    r"""The same bits from ``owned = [params, moments]``, which nobody else may hold.
 
-    A ``leafwise`` transformation updates a group of leaves at a time and its new
-    moments replace the old ones, so that :math:`16\Psi/n` bytes of state stay that.
+    A ``leafwise`` transformation updates a group of leaves at a time, and the old ones
+    of the group are let go: :math:`16\Psi/n` bytes of state stay about that. Nothing
+    is written over.
     """
+    moments, params = owned.pop(), owned.pop()
     if not getattr(tx, "leafwise", False):
-        updates, new_moments = tx.update(grads, moments, params)
-        return tree_map(_add_in_place, params, updates), new_moments
+        return pure_update(tx, grads, moments, params)
     spec, (leaves, outline) = tree_structure(params), tree_flatten(params, is_sharded)
     grad_leaves = tree_flatten(grads, is_sharded)[0]
     columns, rebuild = _mirrors(moments, spec)
+    del params, moments
     for group in _groups(leaves):
         some_params = _only(outline, leaves, group)
         some_moments = rebuild([_only(outline, column, group) for column in columns])
         some_grads = _only(outline, grad_leaves, group)
-        updates, new_moments = tx.update(some_grads, some_moments, some_params)
-        tree_map(_add_in_place, some_params, updates)
+        updated, new_moments = pure_update(tx, some_grads, some_moments, some_params)
         new_columns, finish = _mirrors(new_moments, tree_structure(some_params))
-        for column, new in zip(columns, new_columns, strict=True):
-            old = [column[i] for i in group]
-            tree_map(lambda x, y: x.copy_(y), old, new)
+        for column, new in zip(
+            [leaves, *columns], [updated, *new_columns], strict=True
+        ):
+            flat = tree_flatten(new, is_sharded)[0] if new is updated else new
+            for i, leaf in zip(group, flat, strict=True):
+                column[i] = leaf
+        del some_params, some_moments, updated, new_moments
     # Counts and other small things are whatever the last group made of them.
-    return params, finish([tree_unflatten(outline, column) for column in columns])
+    new_trees = [tree_unflatten(outline, column) for column in columns]
+    return tree_unflatten(outline, leaves), finish(new_trees)
 
 
 def _added(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """``p + u`` in the wider dtype, rounded once."""
     return (p + u).to(p.dtype)
-
-
-def _add_in_place(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    if torch.promote_types(p.dtype, u.dtype) == p.dtype:
-        return p.add_(u)
-    return p.copy_(p + u)
 
 
 def _groups(leaves: list[Any]) -> list[list[int]]:
@@ -97,6 +95,7 @@ def _mirrors(moments: PyTree, spec: Any) -> tuple[list[list[Any]], Any]:
     parts, outer = tree_flatten(moments, is_mirror)
     where = [i for i, part in enumerate(parts) if is_mirror(part)]
     columns = [tree_flatten(parts[i], is_sharded)[0] for i in where]
+    parts = [None if is_mirror(part) else part for part in parts]
 
     def rebuild(subtrees: list[PyTree]) -> PyTree:
         filled = list(parts)

@@ -57,6 +57,9 @@ def accumulate(num_microbatches: int) -> Transform:
 
 
 def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
+    if n == 1:
+        return grad_fn
+
     def summed(params: PyTree, batch: PyTree, samples: Samples) -> Any:
         batches = _split(batch, n)
         indices = samples.index.chunk(n) if len(samples.index) else [samples.index] * n

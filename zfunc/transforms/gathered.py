@@ -10,12 +10,12 @@ a block's parameters in one message. So ZeRO-3 needs no hooks and no wrapped mod
 from __future__ import annotations
 
 import dataclasses
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch._C._functorch import maybe_current_level
 
+from zfunc.core.errors import PlacementError
 from zfunc.core.sharding import Sharded, gather_buffers, is_sharded, with_rank
 from zfunc.core.tree import PyTree, tree_map
 
@@ -53,14 +53,6 @@ _METADATA: Final = frozenset(
         torch.is_complex,
         torch.numel,
     ]
-)
-_CASTS: Final = MappingProxyType(
-    {
-        _T.float: torch.float32,
-        _T.double: torch.float64,
-        _T.half: torch.float16,
-        _T.bfloat16: torch.bfloat16,
-    }
 )
 
 
@@ -145,10 +137,6 @@ class GatherOnUse(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        target = _cast_target(func, args, kwargs)
-        if target is not None:
-            leaf, group = args[0]._group.leaves[args[0]._index], args[0]._group
-            return GatherOnUse(Group([leaf], [target], group.wire), 0)
         args, kwargs = tree_map(_full, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -156,23 +144,30 @@ class GatherOnUse(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Reached from C++ only, past ``__torch_function__``: gather as well."""
-        args, kwargs = tree_map(_full, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        """Past ``__torch_function__`` it is too late: its gradient would be lost."""
+        raise PlacementError(
+            f"{func} was given a parameter that is gathered at its first use, in a way "
+            "that does not count as a use (an argument of torch.func.grad or of "
+            "torch.vmap inside the loss). Gather it before: pass w.clone(), not w."
+        )
 
 
 def _full(value: Any) -> Any:
     return value._group.full(value._index) if type(value) is GatherOnUse else value
 
 
-def _cast_target(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
-    """The dtype of a pure cast of a floating parameter, which may stay ungathered."""
-    target = _CASTS.get(func)
-    if func is _T.to and type(args[0]) is GatherOnUse:
-        rest = (*args[1:], *kwargs.values())
-        if len(rest) == 1 and isinstance(rest[0], torch.dtype):
-            target = rest[0]
-    return target if target is not None and target.is_floating_point else None
+def cast_leaf(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x.to(dtype)``; a parameter not yet gathered stays so, to travel narrower.
+
+    Example:
+      >>> cast_leaf(torch.ones(2), torch.bfloat16)
+      tensor([1., 1.], dtype=torch.bfloat16)
+    """
+    if type(x) is GatherOnUse:
+        leaf, group = x._group.leaves[x._index], x._group
+        if group.dtypes[x._index] == leaf.buffer.dtype:
+            return GatherOnUse(Group([leaf], [dtype], group.wire), 0)
+    return x.to(dtype)
 
 
 def gather_on_use(tree: PyTree, wire: Wire) -> PyTree:

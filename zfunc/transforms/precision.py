@@ -12,6 +12,7 @@ import torch
 from zfunc.core.state import Mean
 from zfunc.core.step import LossFn, Samples, Tally, TrainStep, Transform, named
 from zfunc.core.tree import PyTree, tree_map
+from zfunc.transforms.gathered import cast_leaf
 
 _DTYPES: Final = MappingProxyType(
     {
@@ -137,11 +138,12 @@ def precision(policy: Policy | str) -> Transform:
 def _in_precision(loss: LossFn, policy: Policy) -> LossFn:
     def cast(x: Any) -> Any:
         floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return x.to(policy.compute) if floating else x
+        return cast_leaf(x, policy.compute) if floating else x
 
     def cast_loss(params: PyTree, batch: PyTree, samples: Samples) -> Tally:
         tally = loss(tree_map(cast, params), tree_map(cast, batch), samples)
-        total = tally.loss.total.to(policy.output)
-        return Tally(Mean(total, tally.loss.weight.to(total.dtype)), tally.aux)
+        total = tally.loss.total  # rounded to the output dtype, but not added up in it
+        rounded = total.to(policy.output).to(total.dtype)
+        return Tally(Mean(rounded, tally.loss.weight), tally.aux)
 
     return cast_loss
