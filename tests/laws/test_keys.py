@@ -60,7 +60,7 @@ def test_the_keys_are_a_function_of_the_seed():
     assert torch.equal(seen(8, 2, key=5), seen(8, 2, key=5))
 
 
-@pytest.mark.parametrize("data", [0, 1, 7, 2**31])
+@pytest.mark.parametrize("data", [0, 1, 7, -1, 2**31, 2**63 - 1])
 def test_a_key_folds_a_number_like_a_tensor(data):
     key = torch.tensor(3)
     folded = zf.random.fold_in(key, torch.tensor(data))

@@ -22,6 +22,18 @@ def test_sharded_training_is_unsharded_training(case):
     check(case)
 
 
+@examples(1)
+@given(cases(zero=st.integers(1, 3)), st.data())
+def test_whatever_dim_of_each_leaf_is_sharded(case, data):
+    def layout(leaf):
+        dim = data.draw(st.integers(-1, leaf.dim() - 1))
+        return zf.P() if dim < 0 else zf.P(*[None] * dim, "data")
+
+    spec = zf.tree_map(layout, case.params)
+    args = (case.params, case.batches, case.recipe, case.mesh_shape)
+    assert_equivalent(None, *args, spec=spec)
+
+
 @examples(0.2)
 @given(cases(num_steps=6))
 def test_over_many_steps(case):

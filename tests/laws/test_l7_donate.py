@@ -126,11 +126,3 @@ def test_the_operators_of_a_dead_leaf_name_it(use):
     zf.donate(zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1)))(state, ())
     with pytest.raises(zf.DonatedBufferError, match=r"state.params\['w'\] was donated"):
         use(state.params["w"].buffer)
-
-
-def test_a_view_taken_before_survives_the_donation():
-    state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({"data": 1}))
-    full = zf.unshard(state)
-    step = zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1), zf.partition(1))
-    zf.donate(step)(state, ())
-    assert torch.equal(full.params["w"], torch.ones(2))

@@ -61,7 +61,8 @@ def finish(
     if config.sample_tokens:
         console.print(Panel(Text(text), title="text from the model", width=88))
     console.print(closing_table(summary))
-    console.print(f"written to {run.root}: {', '.join(p.name for p in run.files())}")
+    names = ", ".join(path.name for path in run.files())
+    console.print(f"written to {run.root}: {names}", markup=False, soft_wrap=True)
 
 
 def _summary(

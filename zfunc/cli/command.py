@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from zfunc.cli.config import TrainConfig, conflicts, problems_of, validated
+from zfunc.cli.config import TrainConfig, conflicts, problems_of
 from zfunc.cli.corpus import corpus_problems
 from zfunc.cli.errors import Problem, UsageError, flag
 from zfunc.cli.rundir import RunDir
@@ -19,7 +19,6 @@ from zfunc.cli.worker import run_rank
 from zfunc.launch import (
     Job,
     Outcome,
-    StopRequest,
     current_job,
     guarded,
     torchrun,
@@ -66,11 +65,10 @@ def train_command(request: Request) -> int:
     job = current_job()
     if job is None:
         return _launch(request)
-    with StopRequest() as stop:
-        return guarded(lambda: _rank(request, job, stop), usage=UsageError)
+    return guarded(lambda: _rank(request, job), usage=UsageError)
 
 
-def _rank(request: Request, job: Job, stop: StopRequest) -> int:
+def _rank(request: Request, job: Job) -> int:
     run = RunDir(request.out)
     asked = request.given.get("nproc", job.world)
     if asked != job.world:
@@ -79,19 +77,21 @@ def _rank(request: Request, job: Job, stop: StopRequest) -> int:
     config, problems = resolve(request, nproc=job.world)
     if job.is_first:  # the others must not see the files that it makes
         problems += place_problems(request)
-    if problems:
+    if problems or config is None:
         raise UsageError(problems)
     if job.is_first:
         run.prepare(config, overwrite=request.overwrite)
-    return run_rank(config, run, job, stop, resume=request.resume)
+    return run_rank(config, run, job, resume=request.resume)
 
 
 def _launch(request: Request) -> int:
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         config, problems = resolve(request, nproc=_default_nproc())
-        problems += [*place_problems(request), *_device_problems(config)]
-        if problems:
+        problems += place_problems(request)
+        if config is not None:
+            problems += _device_problems(config)
+        if problems or config is None:
             raise UsageError(problems)
     except UsageError as error:
         _print_error(stderr, str(error))
@@ -108,33 +108,36 @@ def request_for_ranks(request: Request, config: TrainConfig) -> list[str]:
     return ranks.arguments()
 
 
-def resolve(request: Request, *, nproc: int) -> tuple[TrainConfig, list[Problem]]:
-    """The configuration that a request asks for, and what is wrong with it.
+def resolve(
+    request: Request, *, nproc: int
+) -> tuple[TrainConfig | None, list[Problem]]:
+    """The configuration that a request asks for, and all that is wrong with it.
 
     Args:
       request: What was typed.
       nproc: The number of ranks if none was given; the stored one if a run goes on.
 
     Returns:
-      The configuration (a default one if it has problems), and the problems.
+      The configuration (None if its options are not valid), and the problems.
 
     Raises:
       UsageError: There is no run to resume.
     """
+    problems = []
     stored: dict[str, Any] = {"nproc": nproc}
     if request.resume:
         before = RunDir(request.out).stored_config()
         stored = before.model_dump()
+        if request.overwrite:
+            problems.append(Problem("--resume --overwrite", "give one of the two"))
     options = {**stored, **request.given}
-    problems = problems_of(options)
-    if request.resume and request.overwrite:
-        problems.append(Problem("--resume --overwrite", "give one of the two"))
-    if problems:
-        return TrainConfig(), problems
-    config = validated(options)
-    if request.resume:
+    wrong = problems_of(options)
+    config = None if wrong else TrainConfig.model_validate(options)
+    problems += wrong
+    if config is not None and request.resume:
         problems += conflicts(before, {n: getattr(config, n) for n in request.given})
-    return config, [*problems, *corpus_problems(config)]
+    problems += corpus_problems(options.get("data"), config)
+    return config, problems
 
 
 def place_problems(request: Request) -> Iterator[Problem]:

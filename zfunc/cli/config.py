@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from zfunc.cli.errors import Problem, UsageError, flag
+from zfunc.cli.errors import Problem, flag
 from zfunc.models.gpt_config import GPTConfig
 
 # Options that change where and how fast a run computes, not what it computes: these may
@@ -98,8 +98,15 @@ class TrainConfig(BaseModel):
     verify_steps: int = Field(
         default=3,
         ge=0,
-        description="First steps to repeat unsharded at the end, for comparison.",
+        description="First steps to repeat unsharded at the end, on one rank and in "
+        "float32, for comparison.",
     )
+
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        """A run may be resumed from another working directory."""
+        return None if path is None else path.absolute()
 
     @property
     def model(self) -> GPTConfig:
@@ -154,18 +161,6 @@ def problems_of(options: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
-def validated(options: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of some options.
-
-    Raises:
-      UsageError: With everything that is wrong with them.
-    """
-    problems = problems_of(options)
-    if problems:
-        raise UsageError(problems)
-    return TrainConfig.model_validate(dict(options))
-
-
 def conflicts(stored: TrainConfig, given: Mapping[str, Any]) -> list[Problem]:
     """The options that would make a resumed run another run.
 
@@ -181,12 +176,16 @@ def conflicts(stored: TrainConfig, given: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(
             f"{flag(name)} {given[name]}",
-            f"the run to resume has {getattr(stored, name)}: leave it out, or start "
-            "another run",
+            f"the run to resume has {_shown(getattr(stored, name))}: leave it out, or "
+            "start another run",
         )
         for name in given
         if name not in MAY_CHANGE and getattr(asked, name) != getattr(stored, name)
     ]
+
+
+def _shown(value: object) -> str:
+    return "the default" if value is None else str(value)
 
 
 def _batch(config: TrainConfig) -> Iterator[Problem]:

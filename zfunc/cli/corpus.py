@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,25 +60,33 @@ def open_corpus(data: Path | None) -> Corpus:
             name, whole = str(data), ByteDataset(data)
         train, validation = train_validation_split(whole, VALIDATION_FRACTION)
     except (OSError, ValueError) as error:
-        text = str(error).partition(": ")[2] or str(error)
+        # Up to the advice, which is for callers of the library.
+        text = str(error).partition("; ")[0].rpartition(": ")[2]
         raise UsageError([Problem(f"--data {data or ''}".strip(), text)]) from error
     return Corpus(name, whole, train, validation)
 
 
-def corpus_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Whether the text of a run can be read, and is enough for one step."""
+def corpus_problems(data: Path | None, config: TrainConfig | None) -> Iterator[Problem]:
+    """Whether the text of a run can be read, and is enough for one step.
+
+    Args:
+      data: The text, as for ``open_corpus``.
+      config: Of the run; None to see only if the text can be read.
+    """
     try:
-        corpus = open_corpus(config.data)
+        corpus = open_corpus(data)
     except UsageError as error:
         yield from error.problems
+        return
+    if config is None:
         return
     window = config.seq_len + 1
     windows = len(corpus.train) // window
     if windows < config.batch_size or len(corpus.validation) < window:
-        needed = max(config.batch_size * window / (1 - VALIDATION_FRACTION), 0)
-        needed = int(max(needed, window / VALIDATION_FRACTION)) + window
+        for_training = config.batch_size * window / (1 - VALIDATION_FRACTION)
+        needed = math.ceil(max(for_training, window / VALIDATION_FRACTION)) + window
         yield Problem(
-            f"--data {config.data or corpus.name}",
+            f"--data {data or ''}".strip(),
             f"{len(corpus.whole)} bytes are too little for --batch-size "
             f"{config.batch_size} and --seq-len {config.seq_len}, which need about "
             f"{needed}: give more text, or smaller ones",

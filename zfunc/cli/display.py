@@ -82,7 +82,7 @@ class _Plain:
 
 
 class _Live:
-    """One line that changes, with the time that is left."""
+    """One line that changes, with the time that is left; sizes are per rank."""
 
     def __init__(
         self, console: Console, steps: int, done: int, state_mb: float
@@ -103,7 +103,7 @@ class _Live:
     def step(self, row: Row) -> None:
         figures = (
             f"loss [bold]{row.loss:.4f}[/]  {row.tokens_per_s:,.0f} tokens/s  "
-            f"state {self._state_mb:.1f} MB/rank  peak {row.peak_rss_mb:,.0f} MB/rank"
+            f"state {self._state_mb:.1f} MB  RSS {row.peak_rss_mb:,.0f} MB"
         )
         self._progress.update(self._task, completed=row.step, figures=figures)
 

@@ -124,16 +124,16 @@ def _figures(summary: Summary) -> Table:
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    last = min(LAST_STEPS, summary.steps)
+    last = _steps(min(LAST_STEPS, summary.steps))
     rows = [
-        (f"train loss, mean of the last {last} steps", _nats(summary.train_loss)),
+        (f"train loss, mean of the last {last}", _nats(summary.train_loss)),
         ("validation loss", _nats(summary.validation_loss)),
         ("byte-unigram entropy of the corpus", _nats(summary.unigram_entropy)),
         ("tokens/s, all ranks", f"{summary.tokens_per_s:,.0f}"),
         ("peak RSS per rank", f"{summary.peak_rss_mb:,.0f} MB"),
     ]
     if summary.compared_steps:
-        first = f"{summary.compared_steps} steps unsharded in float32"
+        first = f"{_steps(summary.compared_steps)} unsharded in float32"
         rows += [
             (
                 f"largest difference from {first}: loss",
@@ -145,6 +145,10 @@ def _figures(summary: Summary) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _nats(value: float) -> str:

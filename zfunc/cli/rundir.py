@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -75,7 +76,7 @@ class RunDir:
         yield from self._place_problems()
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return
-        if not self.config.exists() and not overwrite:
+        if not self._looks_like_a_run():  # what --overwrite deletes must be a run's
             yield Problem(what, "is not empty, and not a run: give another directory")
         elif not overwrite:
             yield Problem(
@@ -125,7 +126,7 @@ class RunDir:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                for path in self.files():
+                for path in set(self.files()) - {self.config}:
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path)
                     else:
@@ -139,6 +140,13 @@ class RunDir:
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return checkpoint.latest(self.checkpoints)
+
+    def _looks_like_a_run(self) -> bool:
+        try:
+            stored = json.loads(self.config.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(stored, dict) and {"zero", "microbatches"} <= stored.keys()
 
     def _place_problems(self) -> Iterator[Problem]:
         what = f"--out {self.root}"

@@ -43,9 +43,11 @@ def compare(config: TrainConfig, mesh: zf.Mesh, loader: Loader) -> Differences:
       The differences on rank 0; zeros on the others.
     """
     steps = min(config.verify_steps, config.steps)
+    if not steps:
+        return Differences(0, 0.0, 0.0)
     sharded, step = first_state(config, mesh), sharded_step(config)
     cursor = Cursor(seed=config.seed)
-    reference = _reference(config) if loader.rank == 0 and steps else None
+    reference = _reference(config) if loader.rank == 0 else None
     whole = dataclasses.replace(loader, rank=0, world=1)
     loss, gradients = 0.0, 0.0
     for _ in range(steps):

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from rich.console import Console
@@ -29,16 +29,13 @@ from zfunc.launch import Job, StopRequest
 from zfunc.models import gpt
 
 
-def run_rank(
-    config: TrainConfig, run: RunDir, job: Job, stop: StopRequest, *, resume: bool
-) -> int:
+def run_rank(config: TrainConfig, run: RunDir, job: Job, *, resume: bool) -> int:
     """Train, as one rank of a job; rank 0 has prepared the directory of the run.
 
     Args:
       config: Of the run; ``nproc`` is the size of the job.
       run: Its directory.
       job: This rank's place.
-      stop: Whether the rank has been told to stop.
       resume: Whether to go on from the newest checkpoint.
 
     Returns:
@@ -57,12 +54,14 @@ def run_rank(
         console = make_console() if job.is_first else None
         if console is not None:
             _introduce(console, training, corpus, start.step)
-        with _observer(console, training, run, start) as observer:
+        observing = _observer(console, training, run, start)
+        # Only here: a rank that waits for the others to start must die when told to.
+        with StopRequest() as stop, observing as observer:
             end, stopped_by = train(training, start, observer, lambda: stop.signal)
         if not stopped_by:
             finish(training, corpus, end, run, console)
-        elif console is not None:
-            _say_stopped(console, run, end.step, stopped_by)
+        else:
+            _say_stopped(console, run, end.step, mesh)
         return 128 + stopped_by if stopped_by else 0
     finally:
         if dist.is_initialized():
@@ -139,16 +138,22 @@ def _introduce(console: Console, training: Training, corpus: Corpus, step: int) 
     )
     console.print(
         f"{len(corpus.train):,} bytes to train on and {len(corpus.validation):,} to "
-        f"validate with, from {corpus.name}"
+        f"validate with, from {corpus.name}",
+        soft_wrap=True,
     )
     if step:
         console.print(f"going on after step {step} of {config.steps}")
 
 
-def _say_stopped(console: Console, run: RunDir, step: int, number: int) -> None:
-    name = signal.Signals(number).name
-    console.print(
-        f"stopped by {name} after step {step}, which is saved; go on with:\n"
-        f"  {run.resume_command}",
-        soft_wrap=True,
-    )
+def _say_stopped(
+    console: Console | None, run: RunDir, step: int, mesh: zf.Mesh
+) -> None:
+    if console is not None:
+        console.print(
+            f"stopped after step {step}, which is saved; go on with:\n"
+            f"  {run.resume_command}",
+            markup=False,
+            soft_wrap=True,
+        )
+    # The first rank to leave has torchrun stop the others: not before this is said.
+    float(zf.psum(torch.zeros((), device=mesh.device), "data", mesh))

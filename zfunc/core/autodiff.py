@@ -68,17 +68,28 @@ def value_and_grad(
 
         def flat(*tensors: torch.Tensor) -> Any:
             out = f(tree_unflatten(spec, tensors), *args)
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                raise LossError("with has_aux the function must return (scalar, aux)")
             value, aux = out if has_aux else (out, ())
             _check_scalar(value)
-            aux_leaves, structure = tree_flatten(aux)
-            aux_spec.append(structure)
-            return value, tuple(aux_leaves)
+            others, structure = tree_flatten(aux)
+            where = [i for i, x in enumerate(others) if isinstance(x, torch.Tensor)]
+            aux_spec.append((structure, others, where))
+            return value, tuple(others[i] for i in where)
 
         vjp: Any = torch.func.vjp  # annotated without its has_aux form
-        value, pull, aux = vjp(flat, *leaves, has_aux=True)
-        grads = pull(torch.ones_like(value), retain_graph=nested, create_graph=nested)
+        # Nor do modules in the closure, which plain autograd tracks, record anything.
+        with torch.set_grad_enabled(nested and torch.is_grad_enabled()):
+            value, pull, aux = vjp(flat, *leaves, has_aux=True)
+            one = torch.ones_like(value)
+            grads = pull(one, retain_graph=nested, create_graph=nested)
         tree = tree_unflatten(spec, grads)
-        return ((value, tree_unflatten(aux_spec[0], aux)) if has_aux else value), tree
+        structure, aux_leaves, where = aux_spec[0]
+        for i, x in zip(where, aux, strict=True):
+            aux_leaves[i] = x
+        return (
+            (value, tree_unflatten(structure, aux_leaves)) if has_aux else value
+        ), tree
 
     return wrapped
 

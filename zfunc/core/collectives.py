@@ -12,6 +12,7 @@ silently wrong gradients (torch 2.13: zeros, unwaited memory).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,7 +43,14 @@ class _Collective(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _run(ctx.op, ctx.rank, *tangents[2:])
+        moving = [i for i, t in enumerate(tangents[2:]) if t is not None]
+        outs = ctx.op.outs and tuple(ctx.op.outs[i] for i in moving)
+        op = dataclasses.replace(ctx.op, outs=outs)
+        pushed = _run(op, ctx.rank, *[tangents[i + 2] for i in moving])
+        results: list[Any] = [None] * (len(tangents) - 2)
+        for i, t in zip(moving, pushed, strict=True):
+            results[i] = t
+        return tuple(results)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, op: Any, rank: Any, *xs: torch.Tensor) -> Any:
@@ -72,6 +80,12 @@ def apply(op: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _mapped(op: Any, tree: PyTree, dim: int = 0) -> PyTree:
     leaves, spec = tree_flatten(tree)
+    for x in leaves:
+        if not x.dim():
+            raise MeshError(
+                f"a collective over {op.axis!r} along dim {dim} was given a 0-d tensor: "
+                "reshape it to (1,)."
+            )
     ys = apply(op, [x.movedim(dim, 0) if dim else x for x in leaves])
     return tree_unflatten(spec, [y.movedim(0, dim) if dim else y for y in ys])
 

@@ -36,7 +36,8 @@ def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
       >>> fold_in(torch.tensor(0), torch.arange(3)).shape
       torch.Size([3])
     """
-    offset = data * _GOLDEN + _MIX_1
+    wide = data.to(torch.int64) if isinstance(data, torch.Tensor) else data
+    offset = wide * _GOLDEN + _MIX_1
     if isinstance(offset, int):  # wrap around as tensors do
         offset = (offset + 2**63) % 2**64 - 2**63
     return _mix(_mix(key + _GOLDEN) ^ offset)
@@ -53,7 +54,7 @@ def uniform(key: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     for d in shape:
         count *= d
     counter = torch.arange(count, device=key.device).reshape(tuple(shape))
-    bits = fold_in(key.reshape(*key.shape, *[1] * len(shape)), counter)
+    bits = fold_in(key.reshape((*key.shape, *[1] * len(shape))), counter)
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 

@@ -54,6 +54,10 @@ class P(tuple[str | None, ...]):
         end = max((i + 1 for i, e in enumerate(entries) if e is not None), default=0)
         return super().__new__(cls, entries[:end])
 
+    def __getnewargs__(self) -> tuple[str | None, ...]:
+        """What copying and pickling call ``P`` with."""
+        return tuple(self)
+
     def __repr__(self) -> str:
         return f"P({', '.join(map(repr, self))})"
 
@@ -129,12 +133,18 @@ def is_sharded(node: Any) -> bool:
 
 
 def _move(tensors: list[torch.Tensor], ops: list[tuple[int, Any]]) -> list[Any]:
-    """Apply to each tensor an operator along a dim; equal operators share a message."""
+    """Apply to each tensor an operator along a dim; equal operators share a message.
+
+    Each ``op.outs`` is None or the one dtype of that tensor's result.
+    """
     results: list[Any] = list(tensors)
-    for op in dict.fromkeys(op for _, op in ops):
-        where = [i for i, (_, other) in enumerate(ops) if other == op]
+    kinds = [dataclasses.replace(op, outs=None) for _, op in ops]
+    for kind in dict.fromkeys(kinds):
+        where = [i for i, other in enumerate(kinds) if other == kind]
         moved = [tensors[i].movedim(ops[i][0], 0) for i in where]
-        outputs = collectives.apply(op, moved)
+        outs = [dtype for i in where for dtype in ops[i][1].outs or ()]
+        together = dataclasses.replace(kind, outs=tuple(outs) or None)
+        outputs = collectives.apply(together, moved)
         for i, y in zip(where, outputs, strict=True):
             results[i] = y.movedim(0, ops[i][0])
     return results
@@ -145,11 +155,13 @@ def gather_buffers(
     axis: str,
     *,
     wire_dtypes: Sequence[torch.dtype | None],
+    dtypes: Sequence[torch.dtype] | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Full tensors along ``axis`` of leaves sharded over it, in their wire dtypes.
+    """Full tensors along ``axis`` of leaves sharded over it, in ``dtypes``.
 
-    The transpose sums over ranks in ``reduce_dtype`` (None: the storage dtype) and
+    ``wire_dtypes`` are what is sent (None: as stored); the results have the storage
+    dtypes unless ``dtypes`` says others. The transpose sums over ranks in ``reduce_dtype`` (None: the storage dtype) and
     scatters; the padding of uneven dims is cut off, and is zero in the gradient.
 
     Example:
@@ -162,10 +174,19 @@ def gather_buffers(
         (
             leaf.sharding.spec.index(axis),
             wire.AllGather(
-                leaf.sharding.mesh, axis, sent, reduce_dtype or leaf.buffer.dtype
+                leaf.sharding.mesh,
+                axis,
+                sent,
+                reduce_dtype or leaf.buffer.dtype,
+                (dtype,),
             ),
         )
-        for leaf, sent in zip(leaves, wire_dtypes, strict=True)
+        for leaf, sent, dtype in zip(
+            leaves,
+            wire_dtypes,
+            dtypes or [leaf.buffer.dtype for leaf in leaves],
+            strict=True,
+        )
     ]
     full = _move([leaf.buffer for leaf in leaves], ops)
     # An even dim has nothing to cut off (and a narrow would copy in the backward).
@@ -206,16 +227,7 @@ def scatter_sum_buffers(
         _pad(full, dim, leaf.sharding.mesh.axis_size(axis))
         for full, leaf, dim in zip(fulls, like, dims, strict=True)
     ]
-    return _grouped_scatter(padded, ops)
-
-
-def _grouped_scatter(
-    tensors: list[torch.Tensor], ops: list[tuple[int, Any]]
-) -> list[torch.Tensor]:
-    """``_move`` for operators whose ``outs`` is per leaf: group, then cast."""
-    plain = [(dim, dataclasses.replace(op, outs=None)) for dim, op in ops]
-    moved = _move(tensors, plain)
-    return [y.to(op.outs[0]) for y, (_, op) in zip(moved, ops, strict=True)]
+    return _move(padded, ops)
 
 
 def _pad(x: torch.Tensor, dim: int, n: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zfunc.core import collectives
+from zfunc.core import collectives, wire
 from zfunc.core.errors import DonatedBufferError, PlacementError
 from zfunc.core.mesh import Mesh
 from zfunc.core.sharding import P, Sharded, is_sharded, place_tree, replicate
@@ -129,6 +129,7 @@ def shard(
       >>> state.params["w"].sharding.spec
       P('data')
     """
+    _check_options(params, mesh, tx, dtype, key)
     check_floating(params, "params")
     if not tree_leaves(params):
         raise TypeError("params has no leaves: there is nothing to train.")
@@ -139,8 +140,6 @@ def shard(
         )
     if spec is None:
         spec = P("data") if mesh.axes else P()
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"the storage dtype must be floating, got {dtype}")
     if mesh.kind == "process":
         _check_agreement(params, mesh)
     placed = place_tree(params, mesh, spec, dtype)
@@ -152,20 +151,47 @@ def shard(
         params=placed,
         grads=tree_map(torch.zeros_like, placed),
         moments=None if tx is None else tx.init(placed),
-        key=torch.full_like(counter, key),
+        key=torch.full_like(counter, int(key)),
         metrics=Metrics(zero, zero, {}),
     )
 
 
+def _check_options(params: PyTree, mesh: Any, tx: Any, dtype: Any, key: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"shard takes a mesh made by zf.make_mesh, got {mesh!r}")
+    if tx is not None and not callable(getattr(tx, "init", None)):
+        raise TypeError(f"tx must be a GradientTransformation, got {tx!r}")
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    ):
+        raise TypeError(
+            f"the storage dtype is a floating torch.dtype such as torch.bfloat16, got "
+            f"{dtype!r}"
+        )
+    if isinstance(key, float) or not hasattr(key, "__index__"):
+        raise TypeError(f"key is an integer seed, got {key!r}")
+    if mesh.kind == "abstract":
+        wire.check_fake(mesh, tree_leaves(params))
+
+
 def unshard(state: TrainState) -> TrainState:
-    """The same state with full plain tensors, on every rank; for tests and export.
+    """The same state with full plain tensors of its own, on every rank.
 
     Example:
       >>> from zfunc.core.mesh import make_mesh
       >>> unshard(shard({"w": torch.ones(2)}, make_mesh({"data": 1}))).params
       {'w': tensor([1., 1.])}
     """
-    return replicate(state)  # type: ignore[no-any-return]
+
+    def own(leaf: Any, full: torch.Tensor) -> torch.Tensor:
+        sizes = [
+            leaf.sharding.mesh.axis_size(axis)
+            for axis in (leaf.sharding.axes if is_sharded(leaf) else ())
+        ]
+        return full if max(sizes, default=1) > 1 else full.clone()
+
+    full: TrainState = tree_map(own, state, replicate(state), is_leaf=is_sharded)
+    return full
 
 
 def _check_agreement(params: PyTree, mesh: Mesh) -> None:
@@ -243,10 +269,11 @@ class Donated(torch.Tensor):
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
-def consume(tree: PyTree, name: str) -> PyTree:
-    """Take over the buffers of placed leaves: those of ``tree`` refuse all use."""
-    taken = tree_map(lambda leaf: leaf, tree)
-    for path, leaf in leaves_with_path(tree, is_sharded):
-        if isinstance(leaf, Sharded):
-            object.__setattr__(leaf, "buffer", Donated(f"state.{name}[{path!r}]"))
+def consume(**trees: PyTree) -> list[PyTree]:
+    """Take over the buffers of placed leaves: those of ``trees`` refuse all use."""
+    taken = [tree_map(lambda leaf: leaf, tree) for tree in trees.values()]
+    for name, tree in trees.items():
+        for path, leaf in leaves_with_path(tree, is_sharded):
+            if isinstance(leaf, Sharded):
+                object.__setattr__(leaf, "buffer", Donated(f"state.{name}[{path!r}]"))
     return taken

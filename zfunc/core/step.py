@@ -254,10 +254,10 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     def donating(state: TrainState, batch: PyTree) -> TrainState:
         _check_placed(check_usable(state))
         moments = step.moments_of(state)
-        consume(state.grads, "grads")
+        consume(grads=state.grads)
         # What is wrong with a batch shows here, when nothing that is needed is gone.
         metrics, grads = step.gradients(state, batch)
-        owned = [consume(state.params, "params"), consume(moments, "moments")]
+        owned = consume(params=state.params, moments=moments)
         del moments
         params, moments = consuming_update(step.tx, grads, owned)
         return _advanced(state, params, grads, moments, metrics)
@@ -354,6 +354,11 @@ def _mean(value: Any, what: str) -> Mean:
         )
     if what == "the loss" and not mean.total.is_floating_point():
         raise LossError(f"the loss must be floating, got {mean.total.dtype}")
+    if not isinstance(mean.weight, (torch.Tensor, int, float)):
+        raise LossError(
+            f"{what}: the weight of a Mean is a 0-d tensor or a number, got a "
+            f"{type(mean.weight).__name__}"
+        )
     weight = torch.as_tensor(mean.weight, device=mean.total.device)
     if weight.dim():
         raise LossError(f"{what}: the weight of a Mean is 0-d, got {weight.shape}")

@@ -228,9 +228,9 @@ class AxisPlace(Op):
         ]
 
     def simulate(self, x: torch.Tensor) -> torch.Tensor:
-        eye = torch.eye(self.n, dtype=x.dtype, device=x.device)
-        placed = eye.view(self.n, self.n, *[1] * (x.dim() - 1)) * x.unsqueeze(1)
-        return placed.flatten(1, 2)
+        z = torch.zeros_like(x[0])
+        rows = [[z] * r + [x[r]] + [z] * (self.n - 1 - r) for r in range(self.n)]
+        return torch.stack([torch.cat(row) for row in rows])
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:
@@ -309,10 +309,15 @@ def _check_runnable(op: Op, xs: Tensors) -> None:
             "a collective on a simulated mesh was called outside of the simulation: "
             "call it inside the function given to zfunc.testing.simulate."
         )
-    fake = all(_is_fake(x) for x in xs)
-    if op.mesh.kind == "abstract" and not fake:
+    if op.mesh.kind == "abstract":
+        check_fake(op.mesh, xs)
+
+
+def check_fake(mesh: Mesh, xs: Tensors) -> None:
+    """Raise ``MeshError`` for real tensors on an abstract mesh."""
+    if not all(_is_fake(x) for x in xs):
         raise MeshError(
-            f"the mesh {op.mesh.shape} is abstract: it has no ranks to talk to. Give "
+            f"the mesh {mesh.shape} is abstract: it has no ranks to talk to. Give "
             "it fake tensors (zf.abstract(tree)), or use zf.make_mesh inside a job."
         )
 

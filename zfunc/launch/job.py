@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,11 +55,13 @@ def guarded(work: Callable[[], int], usage: type[Exception]) -> int:
       usage: The error of a user's mistake.
 
     Returns:
-      ``work()``; 2 for a user's mistake; ``LOST_PEER`` if another rank went away; 1
-      for any other error.
+      ``work()``; 2 for a user's mistake; ``LOST_PEER`` if another rank went away; 130
+      for Ctrl-C; 1 for any other error.
     """
     try:
         return work()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
         get_error_handler().record_exception(error)
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:

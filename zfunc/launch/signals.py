@@ -41,6 +41,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
+            if _hangs_on(number):
+                continue
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -76,13 +78,15 @@ def forwarding() -> Iterator[list[int]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        children = child_processes()
+        children = child_processes(os.getpid())
         for pid in children:
             _kill(pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
         if not children:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    # nohup has SIGHUP ignored, and means it.
+    numbers = [n for n in STOP_SIGNALS if not _hangs_on(n)]
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield received
     finally:
@@ -90,8 +94,16 @@ def forwarding() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def child_processes() -> list[int]:
-    """The process ids of this process's children that have not ended, from /proc."""
+def _hangs_on(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
+def child_processes(parent_pid: int) -> list[int]:
+    """The process ids of a process's children that have not ended, from /proc.
+
+    Args:
+      parent_pid: The process.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -99,7 +111,7 @@ def child_processes() -> list[int]:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except (OSError, ValueError):
             continue
-        if int(parent) == os.getpid() and state != "Z":
+        if int(parent) == parent_pid and state != "Z":
             found.append(int(path.parent.name))
     return sorted(found)
 

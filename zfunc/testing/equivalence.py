@@ -101,6 +101,7 @@ def assert_equivalent(
     rtol: float = 1e-9,
     atol: float = 1e-12,
     key: int = 0,
+    spec: Any = None,
 ) -> None:
     r"""Raise unless sharded training is unsharded training, at every step.
 
@@ -123,6 +124,7 @@ def assert_equivalent(
       rtol: what is allowed, relative to the unsharded value.
       atol: what is allowed besides, absolute.
       key: seed of the randomness, for a loss that takes a key.
+      spec: where the parameters live, as for ``shard``; None is ``recipe.spec``.
 
     Raises:
       EquivalenceError: an ``AssertionError`` with the step, the path of the worst leaf,
@@ -140,18 +142,19 @@ def assert_equivalent(
     reference = recipe.reference(loss_fn)
     sim = simulate(recipe.step(loss_fn), mesh_shape)
     whole = shard(params, make_mesh({}), tx=tx, key=key)
-    pieces = sim.shard(params, tx=tx, spec=recipe.spec, key=key)
+    where = recipe.spec if spec is None else spec
+    pieces = sim.shard(params, tx=tx, spec=where, key=key)
     for step, batch in enumerate(batches, start=1):
         whole = reference(whole, batch)
         pieces = sim(pieces, split_batch(batch, mesh_shape, recipe.axis))
         views = [_compared(state) for state in sim.unshard_all(pieces)]
         want = _compared(unshard(whole))
-        where = f"step {step} of {len(batches)}"
+        when = f"step {step} of {len(batches)}"
         for rank, view in enumerate(views[1:], start=1):
             wrong = differences(view, views[0])
             _refuse(
                 wrong,
-                f"{where}: rank {rank} and rank 0 differ",
+                f"{when}: rank {rank} and rank 0 differ",
                 step,
                 recipe,
                 mesh_shape,
@@ -159,7 +162,7 @@ def assert_equivalent(
         wrong = differences(views[0], want, rtol=rtol, atol=atol)
         _refuse(
             wrong,
-            f"{where}: sharded and unsharded training differ (rtol {rtol:g}, atol "
+            f"{when}: sharded and unsharded training differ (rtol {rtol:g}, atol "
             f"{atol:g})",
             step,
             recipe,

@@ -79,10 +79,21 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def _split(batch: PyTree, n: int) -> list[PyTree]:
-    for path, leaf in leaves_with_path(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] % n:
+    sizes = {
+        path: leaf.shape[0]
+        for path, leaf in leaves_with_path(batch)
+        if isinstance(leaf, torch.Tensor) and leaf.dim()
+    }
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"accumulate({n}): the leaves of the batch have different numbers of "
+            f"samples: {sizes}. What is not one row per sample is no part of the batch: "
+            "close over it in the loss."
+        )
+    for path, size in sizes.items():
+        if size % n:
             raise ValueError(
-                f"accumulate({n}): batch[{path!r}] has {leaf.shape[0]} samples on this "
+                f"accumulate({n}): batch[{path!r}] has {size} samples on this "
                 f"rank, which {n} does not divide: give a multiple of {n}, or another "
                 "num_microbatches."
             )

@@ -80,27 +80,29 @@ class Group:
     ) -> None:
         self.leaves, self.dtypes, self.wire = leaves, dtypes, wire
         self.level = maybe_current_level()
-        self.memo: list[list[torch.Tensor]] = []
+        self.memo: dict[bool, list[torch.Tensor]] = {}
 
     def full(self, index: int) -> torch.Tensor:
         """The gathered tensor ``index``, kept for as long as the group lives."""
         if maybe_current_level() != self.level:
             # A transform inside the loss: its tensors must not outlive it.
             return self._gather()[index]
-        if not self.memo:
-            self.memo.append(self._gather())
-        return self.memo[0][index]
+        # What is gathered under no_grad has no gradient to give to later uses.
+        tracked = torch.is_grad_enabled() or True in self.memo
+        if tracked not in self.memo:
+            self.memo[tracked] = self._gather()
+        return self.memo[tracked][index]
 
     def _gather(self) -> list[torch.Tensor]:
         stored = [leaf.buffer.dtype for leaf in self.leaves]
         sent = [self.wire.sent(*pair) for pair in zip(stored, self.dtypes, strict=True)]
-        fulls = gather_buffers(
+        return gather_buffers(
             self.leaves,
             self.wire.axis,
             wire_dtypes=sent,
+            dtypes=self.dtypes,
             reduce_dtype=self.wire.reduce_dtype,
         )
-        return [f.to(d) for f, d in zip(fulls, self.dtypes, strict=True)]
 
 
 class GatherOnUse(torch.Tensor):
@@ -148,7 +150,7 @@ class GatherOnUse(torch.Tensor):
         raise PlacementError(
             f"{func} was given a parameter that is gathered at its first use, in a way "
             "that does not count as a use (an argument of torch.func.grad or of "
-            "torch.vmap inside the loss). Gather it before: pass w.clone(), not w."
+            "torch.vmap inside the loss). Gather it first: pass w.clone() instead of w."
         )
 
 

@@ -109,7 +109,7 @@ def partition(
       >>> step(state, torch.ones(3)).params.buffer
       tensor([0.9000, 0.9000, 0.9000])
     """
-    _check_options(zero, gather_dtype, reduce_dtype, persistence_threshold)
+    _check_options(zero, axis, gather_dtype, reduce_dtype, persistence_threshold)
     stage = _Stage(Wire(axis, gather_dtype, reduce_dtype), zero, persistence_threshold)
     name = f"partition(zero={zero})"
 
@@ -138,6 +138,7 @@ class _Stage:
         """Per microbatch: gather at use inside autodiff; at stage 2 scatter after."""
 
         def grad_fn(params: PyTree, batch: PyTree, samples: Samples) -> Any:
+            _check_placed(params)
             layout = params
 
             def on_pieces(buffers: PyTree, batch: PyTree, samples: Samples) -> Tally:
@@ -183,8 +184,7 @@ class _Stage:
             wire_dtypes=[self.wire.gather_dtype] * len(picked),
         )
         for i, leaf, full in zip(here, picked, fulls, strict=True):
-            stored = full.to(leaf.buffer.dtype)
-            leaves[i] = Whole(stored, leaf.sharding, leaf.global_shape)
+            leaves[i] = Whole(full, leaf.sharding, leaf.global_shape)
         whole = [
             Whole(x.buffer, x.sharding, x.global_shape)
             if is_sharded(x) and self.wire.axis not in x.sharding.axes
@@ -236,12 +236,8 @@ class _Stage:
         return tree_unflatten(spec, leaves)
 
     def _checked_mesh(self, params: PyTree) -> Mesh:
+        _check_placed(params, Sharded)
         for path, leaf in leaves_with_path(params, _is_leaf):
-            if not is_sharded(leaf):
-                raise PlacementError(
-                    f"params[{path!r}] has no placement: make the state with "
-                    "zf.shard(params, mesh). (A step may have one partition only.)"
-                )
             leaf.sharding.mesh.axis_position(self.wire.axis)
             others = set(leaf.sharding.axes) - {self.wire.axis}
             if others:
@@ -259,6 +255,15 @@ class _Stage:
         return mesh
 
 
+def _check_placed(params: PyTree, kinds: Any = Sharded | Whole) -> None:
+    for path, leaf in leaves_with_path(params, _is_leaf):
+        if not isinstance(leaf, kinds):
+            raise PlacementError(
+                f"params[{path!r}] has no placement: make the state with "
+                "zf.shard(params, mesh). (A step may have one partition only.)"
+            )
+
+
 def _refill(layout: PyTree, buffers: PyTree) -> PyTree:
     """``layout``'s nodes around other buffers."""
 
@@ -268,9 +273,13 @@ def _refill(layout: PyTree, buffers: PyTree) -> PyTree:
     return tree_map(one, layout, buffers, is_leaf=_is_leaf)
 
 
-def _check_options(zero: Any, gather: Any, reduce: Any, threshold: Any) -> None:
-    if isinstance(zero, bool) or zero not in (0, 1, 2, 3):
+def _check_options(
+    zero: Any, axis: Any, gather: Any, reduce: Any, threshold: Any
+) -> None:
+    if type(zero) is not int or zero not in (0, 1, 2, 3):
         raise ValueError(f"partition: zero is the stage 0, 1, 2 or 3; got {zero!r}")
+    if not isinstance(axis, str) or not axis.isidentifier():
+        raise ValueError(f"partition: axis is the name of a mesh axis; got {axis!r}")
     for name, dtype in (("gather_dtype", gather), ("reduce_dtype", reduce)):
         if dtype is None:
             continue

@@ -129,6 +129,11 @@ def precision(policy: Policy | str) -> Transform:
     chosen = policy
 
     def transform(step: TrainStep) -> TrainStep:
+        if getattr(step.loss, "__name__", "").startswith("precision("):
+            raise ValueError(
+                f"this step has a precision already ({step.loss.__name__}): the inner "
+                "one would decide alone. Give one policy."
+            )
         name = f"precision({chosen}) . {getattr(step.loss, '__name__', 'loss')}"
         return step._replace(loss=named(_in_precision(step.loss, chosen), name))
 

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public surface, frozen: a name or a signature changes here or not at all."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import zfunc as zf
+from zfunc.core import collectives
+
+NAMES = {
+    "zfunc": """
+        AbstractMesh CheckpointError DonatedBufferError LossError Mean Mesh MeshError
+        Metrics NamedSharding P PlacementError Policy RematError Sharded StructureError
+        TrainState TrainStep Transform ZfuncError abstract accumulate all_gather
+        all_to_all axis_index axis_size checkpoint core data donate eval_shape
+        from_dtensor global_norm make_mesh models optim partition pmean ppermute
+        precision psum psum_scatter random remat reshard shard testing to_dtensor
+        train_step tree_leaves tree_map unshard value_and_grad
+        """,
+    "zfunc.optim": """
+        GradientTransformation Mask ScaleByAdamMoments ScaleByLearningRateMoments
+        Schedule TraceMoments adam adamw add_decayed_weights apply_updates chain
+        clip_by_global_norm clip_by_value constant decay_matrices identity
+        scale_by_adam scale_by_learning_rate sgd stateless trace warmup_cosine
+        warmup_linear
+        """,
+    "zfunc.testing": """
+        EquivalenceError Recipe Simulation assert_equivalent differences random_batch
+        random_tree simulate split_batch spmd tree_loss
+        """,
+    "zfunc.transforms": "Policy accumulate partition precision remat",
+}
+
+# The names that a module defines itself.
+DEFINED = {
+    "zfunc.core.collectives": """
+        all_gather all_to_all apply axis_index axis_size pmean ppermute psum
+        psum_scatter
+        """,
+    "zfunc.core.random": "dropout fold_in uniform",
+    "zfunc.testing.strategies": "batches meshes param_trees recipes shapes",
+    "zfunc.testing.memory": "peak_live_bytes",
+}
+
+# Without annotations; the order and the defaults are the contract.
+SIGNATURES = {
+    "make_mesh": "(axes, *, device=None, timeout_s=None)",
+    "AbstractMesh": "(axes)",
+    "P": "(*entries)",
+    "NamedSharding": "(mesh, spec, memory_kind='device')",
+    "shard": "(params, mesh, *, tx=None, spec=None, dtype=None, key=0)",
+    "unshard": "(state)",
+    "reshard": "(tree, shardings)",
+    "to_dtensor": "(tree)",
+    "from_dtensor": "(tree, mesh)",
+    "abstract": "(tree)",
+    "eval_shape": "(f, *args)",
+    "value_and_grad": "(f, *, has_aux=False)",
+    "remat": "(block)",
+    "all_gather": "(tree, axis, mesh, *, dim=0)",
+    "psum": "(tree, axis, mesh)",
+    "pmean": "(tree, axis, mesh)",
+    "psum_scatter": "(tree, axis, mesh, *, dim=0)",
+    "ppermute": "(tree, axis, mesh, perm)",
+    "all_to_all": "(tree, axis, mesh, *, split_dim, concat_dim)",
+    "axis_index": "(axis, mesh)",
+    "axis_size": "(axis, mesh)",
+    "global_norm": "(tree)",
+    "train_step": "(loss_fn, tx, *transforms)",
+    "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
+    "persistence_threshold=0)",
+    "precision": "(policy)",
+    "accumulate": "(num_microbatches)",
+    "donate": "(step)",
+    "tree_map": "(fn, tree, *rest, is_leaf=None)",
+    "tree_leaves": "(tree, is_leaf=None)",
+    "Mean": "(total, weight)",
+    "Policy": "(compute, output=torch.float32)",
+    "random.fold_in": "(key, data)",
+    "random.uniform": "(key, shape)",
+    "random.dropout": "(key, x, rate)",
+    "testing.simulate": "(step, mesh_shape)",
+    "testing.spmd": "(fn, mesh_shape)",
+    "testing.split_batch": "(batch, mesh_shape, axis='data')",
+    "optim.adam": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0)",
+    "optim.chain": "(*transformations)",
+    "optim.clip_by_global_norm": "(max_norm)",
+    "optim.apply_updates": "(params, updates)",
+}
+
+FIELDS = {
+    "TrainState": "step params grads moments key metrics",
+    "TrainStep": "loss tx grad accumulate",
+    "Metrics": "loss grad_norm aux",
+    "Mean": "total weight",
+    "Sharded": "buffer sharding global_shape",
+    "NamedSharding": "mesh spec memory_kind",
+    "optim.GradientTransformation": "init update leafwise",
+}
+
+# They need processes: tests/distributed runs them instead.
+NO_EXAMPLE = {"to_dtensor", "from_dtensor"}
+
+
+def get(path):
+    found = zf
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def exported(module):
+    """What a package re-exports, with the convention `from .x import y as y`."""
+    tree = ast.parse(Path(module.__file__).read_text("utf-8"))
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+    return {alias.asname for node in imports for alias in node.names} - {None}
+
+
+def defined(module):
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "") == module.__name__
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_of_a_package(name):
+    module = importlib.import_module(name)
+    assert exported(module) == set(NAMES[name].split())
+    for each in NAMES[name].split():
+        assert hasattr(module, each)
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_the_names_of_a_module(name):
+    assert defined(importlib.import_module(name)) == set(DEFINED[name].split())
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    thing = get(name)
+    made = thing.__new__ if name == "P" else thing
+    signature = inspect.signature(made)
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty)
+        for p in signature.parameters.values()
+        if p.name != "cls"
+    ]
+    bare = signature.replace(
+        parameters=parameters, return_annotation=inspect.Signature.empty
+    )
+    assert str(bare) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields(name):
+    thing = get(name)
+    fields = getattr(thing, "_fields", None)
+    if fields is None:
+        fields = [field.name for field in dataclasses.fields(thing)]
+    assert list(fields) == FIELDS[name].split()
+
+
+def test_every_contract_signature_is_documented():
+    """Each argument of a function is spoken of in its docstring."""
+    for name in ("make_mesh", "shard", "partition", "train_step", "accumulate"):
+        doc = get(name).__doc__
+        for argument in inspect.signature(get(name)).parameters:
+            assert f"{argument}:" in doc, f"{name}: {argument}"
+
+
+def public_things():
+    for package, names in {**NAMES, **DEFINED}.items():
+        module = importlib.import_module(package)
+        for name in names.split():
+            thing = getattr(module, name)
+            alias = isinstance(thing, types.ModuleType) or not (
+                inspect.isclass(thing) or inspect.isfunction(thing)
+            )
+            if not alias:
+                yield f"{package}.{name}", thing
+
+
+@pytest.mark.parametrize(("path", "thing"), list(public_things()))
+def test_every_name_has_a_docstring_with_an_example(path, thing):
+    doc = inspect.getdoc(thing)
+    assert doc, f"{path} has no docstring"
+    first = doc.splitlines()[0]
+    assert first.endswith((".", ":")), f"{path}: {first}"
+    name = path.rsplit(".", 1)[1]
+    if name not in NO_EXAMPLE and path != "zfunc.core.collectives.apply":
+        assert ">>>" in doc, f"{path} has no example"
+
+
+@pytest.mark.parametrize(("path", "thing"), list(public_things()))
+def test_every_argument_is_annotated(path, thing):
+    if not inspect.isfunction(thing):
+        return
+    signature = inspect.signature(thing)
+    for p in signature.parameters.values():
+        assert p.annotation is not p.empty, f"{path}: {p.name}"
+    assert signature.return_annotation is not signature.empty, path
+
+
+def test_a_name_says_where_it_lives():
+    """What a user sees in a traceback or a pickle can be imported."""
+    for path, thing in public_things():
+        home = importlib.import_module(thing.__module__)
+        assert getattr(home, thing.__name__) is thing, path
+
+
+def test_collectives_are_the_same_at_the_top():
+    for name in DEFINED["zfunc.core.collectives"].split():
+        if name != "apply":
+            assert getattr(zf, name) is getattr(collectives, name)
+
+
+def test_importing_zfunc_starts_and_needs_nothing():
+    """No process group, no generator, no thread count; no hypothesis, no matplotlib."""
+    program = (
+        "import sys, torch\n"
+        "before = torch.get_rng_state(), torch.get_num_threads()\n"
+        "import zfunc\n"
+        "assert torch.equal(before[0], torch.get_rng_state())\n"
+        "assert before[1] == torch.get_num_threads()\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'hypothesis', 'matplotlib', 'transformers', 'rich', 'typer'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_attribute_that_is_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        zf.testing.nothing  # noqa: B018
+    assert zf.testing.strategies.meshes
