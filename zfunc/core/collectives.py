@@ -83,8 +83,8 @@ def _mapped(op: Any, tree: PyTree, dim: int = 0) -> PyTree:
     for x in leaves:
         if not x.dim():
             raise MeshError(
-                f"a collective over {op.axis!r} along dim {dim} was given a 0-d tensor: "
-                "reshape it to (1,)."
+                f"a collective over {op.axis!r} along dim {dim} was given a 0-d "
+                "tensor: reshape it to (1,)."
             )
     ys = apply(op, [x.movedim(dim, 0) if dim else x for x in leaves])
     return tree_unflatten(spec, [y.movedim(0, dim) if dim else y for y in ys])

@@ -161,8 +161,9 @@ def gather_buffers(
     """Full tensors along ``axis`` of leaves sharded over it, in ``dtypes``.
 
     ``wire_dtypes`` are what is sent (None: as stored); the results have the storage
-    dtypes unless ``dtypes`` says others. The transpose sums over ranks in ``reduce_dtype`` (None: the storage dtype) and
-    scatters; the padding of uneven dims is cut off, and is zero in the gradient.
+    dtypes unless ``dtypes`` says others. The transpose sums over ranks in
+    ``reduce_dtype`` (None: the storage dtype) and scatters; the padding of uneven dims
+    is cut off, and is zero in the gradient.
 
     Example:
       >>> from zfunc.core.mesh import make_mesh

@@ -277,3 +277,13 @@ def consume(**trees: PyTree) -> list[PyTree]:
             if isinstance(leaf, Sharded):
                 object.__setattr__(leaf, "buffer", Donated(f"state.{name}[{path!r}]"))
     return taken
+
+
+def give_back(tree: PyTree, *, like: PyTree) -> None:
+    """Make consumed leaves usable again, as zeros placed like ``like``."""
+    pairs = zip(
+        tree_leaves(tree, is_sharded), tree_leaves(like, is_sharded), strict=True
+    )
+    for leaf, other in pairs:
+        if isinstance(leaf, Sharded):
+            object.__setattr__(leaf, "buffer", torch.zeros_like(other.buffer))

@@ -14,7 +14,7 @@ from zfunc.core.autodiff import value_and_grad
 from zfunc.core.errors import LossError, PlacementError
 from zfunc.core.random import fold_in
 from zfunc.core.sharding import Sharded, global_norm, is_sharded
-from zfunc.core.state import Mean, Metrics, TrainState, check_usable, consume
+from zfunc.core.state import Mean, Metrics, TrainState, check_usable, consume, give_back
 from zfunc.core.tree import (
     PyTree,
     check_structure,
@@ -69,10 +69,26 @@ def local_grad(loss: LossFn) -> GradFn:
             tally = loss(p, batch, samples)
             return tally.loss.total, tally
 
+        before = _versions(plain)
         (_, tally), grads = value_and_grad(total, has_aux=True)(plain)
+        for (path, old), (_, new) in zip(before, _versions(plain), strict=True):
+            if old != new:
+                raise LossError(
+                    f"the loss wrote to params[{path!r}] in place and so changed the "
+                    "state: load a checkpoint, and compute a new tensor instead."
+                )
         return tally, placed_like(params, grads)
 
     return grad_fn
+
+
+def _versions(tree: PyTree) -> list[tuple[str, int]]:
+    """How often each leaf was written to; tensors of a simulation do not say."""
+    return [
+        (path, x._version)
+        for path, x in leaves_with_path(tree)
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ]
 
 
 def _only_rank(path: str, leaf: Any) -> Any:
@@ -229,8 +245,8 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     The gradients of the last step are freed before the backward, parameters and moments
     as their successors are made: a group of leaves at a time where the optimizer is
     leafwise. Nothing is written over, so tensors that share memory with the old state
-    keep their values. A step that raises before its update takes the old gradients
-    only. Every leaf of the old state's params,
+    keep their values. A step that raises before its update leaves the old state usable,
+    with gradients of zero. Every leaf of the old state's params,
     grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
     stay readable.
 
@@ -255,8 +271,11 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
         _check_placed(check_usable(state))
         moments = step.moments_of(state)
         consume(grads=state.grads)
-        # What is wrong with a batch shows here, when nothing that is needed is gone.
-        metrics, grads = step.gradients(state, batch)
+        try:  # what is wrong with a batch shows here, with all that is needed in place
+            metrics, grads = step.gradients(state, batch)
+        except BaseException:
+            give_back(state.grads, like=state.params)
+            raise
         owned = consume(params=state.params, moments=moments)
         del moments
         params, moments = consuming_update(step.tx, grads, owned)
@@ -365,7 +384,8 @@ def _mean(value: Any, what: str) -> Mean:
     if weight.requires_grad:
         raise LossError(
             f"{what}: the weight of a Mean depends on the parameters, and its gradient "
-            "would be dropped: make it from the batch alone, or detach it."
+            "would be dropped: make it from the batch alone, outside of remat, or detach "
+            "it."
         )
     wide = torch.promote_types(mean.total.dtype, torch.float32)
     return Mean(mean.total.to(wide), weight.to(wide))

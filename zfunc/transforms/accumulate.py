@@ -84,12 +84,15 @@ def _split(batch: PyTree, n: int) -> list[PyTree]:
         for path, leaf in leaves_with_path(batch)
         if isinstance(leaf, torch.Tensor) and leaf.dim()
     }
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"accumulate({n}): the leaves of the batch have different numbers of "
-            f"samples: {sizes}. What is not one row per sample is no part of the batch: "
-            "close over it in the loss."
-        )
+    sizes = {path: size for path, size in sizes.items() if size}
+    first = next(iter(sizes), "")
+    for path, size in sizes.items():
+        if size != sizes[first]:
+            raise ValueError(
+                f"accumulate({n}): batch[{path!r}] has {size} samples and "
+                f"batch[{first!r}] has {sizes[first]}: what has not one row per sample "
+                "is no part of the batch; close over it in the loss."
+            )
     for path, size in sizes.items():
         if size % n:
             raise ValueError(

@@ -30,10 +30,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Guard(TorchFunctionMode):
     """Raises when the block uses a tensor that is differentiated and not passed in."""
 
-    def __init__(self, name: str, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, call: _Call, inputs: tuple[Any, ...]) -> None:
         super().__init__()
-        self.name, self.level = name, maybe_current_level() or 0
-        self.passed = {id(x) for x in inputs}
+        self.name, self.level = _name(call.block), maybe_current_level() or 0
+        self.plain, self.passed = call.plain, {id(x) for x in inputs}
+        # Under a transform inside the block its tensors have the level that captured
+        # ones have; there the closure tells them apart.
+        cells = [_contents(c) for c in getattr(call.block, "__closure__", None) or ()]
+        self.closed_over = {id(x) for x in tree_leaves(cells) if self._deeper(x)}
+
+    def _deeper(self, leaf: Any) -> bool:
+        wrapped = isinstance(leaf, torch.Tensor) and is_functorch_wrapped_tensor(leaf)
+        return wrapped and maybe_get_level(leaf) > self.level
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -53,15 +61,26 @@ class _Guard(TorchFunctionMode):
         if type(leaf) is GatherOnUse:
             buffer, _ = open_up(leaf)
             return id(buffer) not in self.passed and self._captured(buffer)
-        if is_functorch_wrapped_tensor(leaf) and maybe_get_level(leaf) > self.level:
-            return True
-        return self.level == 0 and leaf.requires_grad and id(leaf) not in self.passed
+        if self._deeper(leaf):
+            now = maybe_current_level() or 0
+            nested = self.level < maybe_get_level(leaf) <= now
+            return not nested or id(leaf) in self.closed_over
+        return self.plain and leaf.requires_grad and id(leaf) not in self.passed
 
 
 class _Call:
     """One call of a block: everything about it that is not a tensor."""
 
-    __slots__ = ("block", "out_spec", "positions", "rests", "rng", "spec", "static")
+    __slots__ = (
+        "block",
+        "out_spec",
+        "plain",
+        "positions",
+        "rests",
+        "rng",
+        "spec",
+        "static",
+    )
 
     def __init__(self, block: Any, args: Any, kwargs: Any) -> None:
         leaves, self.spec = tree_flatten((args, kwargs))
@@ -72,6 +91,8 @@ class _Call:
         self.static = [None if _is_tensor(x) else x for x in leaves]
         self.out_spec: list[Any] = []
         self.rng = _rng_state()
+        # Outside of torch.func it is plain autograd that differentiates.
+        self.plain = not maybe_current_level()
 
     def run(self, rank: Any, tensors: Any) -> list[torch.Tensor]:
         leaves = list(self.static)
@@ -88,23 +109,22 @@ class _Call:
                     f"the block {_name(self.block)!r} given to remat returned a "
                     f"{type(out).__name__}: return tensors (or a pytree of them)."
                 )
-        return outputs
+        # An output that is an argument needs a tensor of its own.
+        given = {id(x) for x in closed}
+        return [o.view_as(o) if id(o) in given else o for o in outputs]
 
 
 class _Remat(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, rank: Any, *tensors: torch.Tensor) -> Any:
-        with _Guard(_name(call.block), tensors):
-            outputs = call.run(rank, tensors)
-        # An output that is an input needs a tensor of its own here.
-        inputs = {id(t) for t in tensors}
-        return tuple(o.view_as(o) if id(o) in inputs else o for o in outputs)
+        with _Guard(call, tensors):
+            return tuple(call.run(rank, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.call, ctx.rank, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*[o for o in output if not o.is_floating_point()])
+        ctx.mark_non_differentiable(*[o for o in output if not _is_smooth(o)])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -114,7 +134,7 @@ class _Remat(torch.autograd.Function):
         needed = [
             i
             for i, t in enumerate(tensors)
-            if ctx.needs_input_grad[i + 2] and t.is_floating_point()
+            if ctx.needs_input_grad[i + 2] and _is_smooth(t)
         ]
 
         def recompute(*chosen: torch.Tensor) -> Any:
@@ -122,13 +142,13 @@ class _Remat(torch.autograd.Function):
             for i, t in zip(needed, chosen, strict=True):
                 full[i] = t
             outputs = call.run(rank, full)
-            return tuple(o for o in outputs if o.is_floating_point())
+            return tuple(o for o in outputs if _is_smooth(o))
 
         with _replayed(call.rng):
             vjp: Any = torch.func.vjp  # annotated without its pair form
             _, pull = vjp(recompute, *[tensors[i] for i in needed])
         given = [unwrap_if_dead(c) for c in cotangents if c is not None]
-        given = [c for c in given if c.is_floating_point()]
+        given = [c for c in given if _is_smooth(c)]
         nested = torch.is_grad_enabled()
         grads = pull(tuple(given), retain_graph=nested, create_graph=nested)
         results: list[Any] = [None] * (len(ctx.needs_input_grad))
@@ -139,7 +159,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, rank: Any, *tensors: Any) -> Any:
         def flat(rank: Any, *xs: torch.Tensor) -> Any:
-            return tuple(call.run(rank, xs))
+            with _Guard(call, xs):
+                return tuple(call.run(rank, xs))
 
         dims = (in_dims[1], *in_dims[2:])
         mapped = torch.func.vmap(flat, dims, randomness=info.randomness)
@@ -196,6 +217,17 @@ def remat(block: F) -> F:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
+
+
+def _is_smooth(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 def _name(block: Any) -> str:

@@ -448,16 +448,23 @@ def test_errors_of_the_block_pass_through():
 # --- with Mean ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, F64])
-def test_a_whole_loss_with_a_weight(dtype):
+def weighted(params, batch, dtype):
+    weight = (batch["index"] > 1).to(dtype).sum()
+    aux = {"mean": zf.Mean(batch["x"].sum(), weight)}
+    return zf.Mean((batch["x"] @ params["w"]).square().sum(), weight), aux
+
+
+def test_a_whole_loss_with_a_count():
     """The weight is made inside of the block, from the batch alone."""
-
-    def loss(params, batch):
-        weight = (batch["index"] > 1).to(dtype).sum()
-        aux = {"mean": zf.Mean(batch["x"].sum(), weight)}
-        return zf.Mean((batch["x"] @ params["w"]).square().sum(), weight), aux
-
+    loss = functools.partial(weighted, dtype=torch.int64)
     want = reference(loss, example_params(), example_batch())
     got = reference(zf.remat(loss), example_params(), example_batch())
     assert_bitwise(got.metrics.aux, want.metrics.aux)
     assert_bitwise(got.grads, want.grads)
+
+
+def test_a_whole_loss_with_a_floating_weight_is_refused():
+    """Every floating output of a block may depend on the parameters."""
+    loss = zf.remat(functools.partial(weighted, dtype=F64))
+    with pytest.raises(zf.LossError, match="outside of remat"):
+        reference(loss, example_params(), example_batch())
