@@ -384,8 +384,8 @@ def _mean(value: Any, what: str) -> Mean:
     if weight.requires_grad:
         raise LossError(
             f"{what}: the weight of a Mean depends on the parameters, and its gradient "
-            "would be dropped: make it from the batch alone, outside of remat, or detach "
-            "it."
+            "would be dropped: make it from the batch alone and outside of remat, or "
+            "detach it."
         )
     wide = torch.promote_types(mean.total.dtype, torch.float32)
     return Mean(mean.total.to(wide), weight.to(wide))
