@@ -10,6 +10,7 @@ One rank has nothing to share, so its four lines are alike: start two.
 import os
 
 import torch
+import torch.distributed as dist
 
 import zfunc as zf
 from zfunc.testing.memory import peak_live_bytes
@@ -49,7 +50,7 @@ def train(zero):
         for _ in range(LAYERS)
     ]
     tx = zf.optim.adamw(1e-3)
-    # donate: a step that uses up the state it is given, so that there is never a second.
+    # A donated step uses up the state it is given, so that there is never a second.
     step = zf.donate(zf.train_step(loss_fn, tx, zf.partition(zero=zero)))
     # Stage 0 keeps the state whole on every rank. The others share one layout.
     spec = zf.P() if zero == 0 else zf.P("data")
@@ -78,3 +79,7 @@ for zero in (0, 1, 2, 3):
 # (NCCL chooses an order of its own for each collective.)
 if rank == 0:
     print(f"largest difference between the stages' losses: {apart}")
+
+# An interpreter that ends with gloo's threads still running may abort.
+if dist.is_initialized():
+    dist.destroy_process_group()

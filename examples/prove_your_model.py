@@ -87,7 +87,9 @@ print(f"they had stages {sorted(stages)}, data axes of {sorted(ranks)} ranks")
 # The other half of a proof is that it can fail.
 try:
     recipe = Recipe(zero=2, optimizer="adam")
-    assert_equivalent(wrong_loss_fn, parameters(3, 4), batches(8, 3), recipe, {"data": 2})
+    assert_equivalent(
+        wrong_loss_fn, parameters(3, 4), batches(8, 3), recipe, {"data": 2}
+    )
 except EquivalenceError as error:
     print(f"the wrong model is refused:\n{error}")
 else:

@@ -10,6 +10,7 @@ Both print the same losses: how many ranks there are is no part of the result.
 import os
 
 import torch
+import torch.distributed as dist
 
 import zfunc as zf
 
@@ -56,3 +57,7 @@ if rank == 0:
     held = sum(x.numel() for x in zf.tree_leaves(state.params))
     whole = sum(x.numel() for x in zf.tree_leaves(params))
     print(f"rank 0 of {ranks} holds {held} of {whole} parameters")
+
+# An interpreter that ends with gloo's threads still running may abort.
+if dist.is_initialized():
+    dist.destroy_process_group()

@@ -88,9 +88,7 @@ for step in range(STEPS):
 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
 theirs = []
 for step in range(STEPS):
-    total, weight = total_and_weight(
-        module(batch(step)["tokens"][:, :-1]), batch(step)
-    )
+    total, weight = total_and_weight(module(batch(step)["tokens"][:, :-1]), batch(step))
     optimizer.zero_grad()
     (total / weight).backward()
     optimizer.step()

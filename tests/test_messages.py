@@ -211,7 +211,8 @@ PLACEMENT = {
     "an integer storage dtype": Wrong(
         lambda: zf.shard(params_of(), alone(), dtype=torch.int8),
         TypeError,
-        "the storage dtype must be floating, got torch.int8",
+        "the storage dtype is a floating torch.dtype such as torch.bfloat16, got "
+        "torch.int8",
     ),
     "no parameters": Wrong(
         lambda: zf.shard({}, alone()),
@@ -296,13 +297,15 @@ LOSS = {
         lambda: returning(lambda s: zf.Mean(s, s)),
         zf.LossError,
         "the loss: the weight of a Mean depends on the parameters, and its gradient "
-        "would be dropped: make it from the batch alone, or detach it.",
+        "would be dropped: make it from the batch alone..., or detach "
+        "it.",
     ),
     "such a weight in aux": Wrong(
         lambda: returning(lambda s: (s, {"a": zf.Mean(s, s)})),
         zf.LossError,
         "aux['a']: the weight of a Mean depends on the parameters, and its gradient "
-        "would be dropped: make it from the batch alone, or detach it.",
+        "would be dropped: make it from the batch alone..., or detach "
+        "it.",
     ),
     "a weight that is no scalar": Wrong(
         lambda: returning(lambda s: zf.Mean(s, torch.ones(2))),

@@ -21,6 +21,7 @@ from .core.collectives import psum as psum
 from .core.collectives import psum_scatter as psum_scatter
 from .interop import from_dtensor as from_dtensor
 from .interop import to_dtensor as to_dtensor
+from .core.donation import donate as donate
 from .core.errors import CheckpointError as CheckpointError
 from .core.errors import DonatedBufferError as DonatedBufferError
 from .core.errors import LossError as LossError
@@ -44,7 +45,6 @@ from .core.state import shard as shard
 from .core.state import unshard as unshard
 from .core.step import TrainStep as TrainStep
 from .core.step import Transform as Transform
-from .core.step import donate as donate
 from .core.step import train_step as train_step
 from .core.tree import tree_leaves as tree_leaves
 from .core.tree import tree_map as tree_map

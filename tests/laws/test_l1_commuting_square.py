@@ -16,7 +16,7 @@ def check(case):
     assert_equivalent(None, case.params, case.batches, case.recipe, case.mesh_shape)
 
 
-@examples(10)
+@examples(6)
 @given(cases())
 def test_sharded_training_is_unsharded_training(case):
     check(case)

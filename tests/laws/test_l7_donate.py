@@ -38,6 +38,16 @@ def check(case):
         assert_bitwise(donated, pure, "donated")
 
 
+def check_shared(case):
+    """Nothing is written over: tensors that share its memory keep their values."""
+    step, state = steps_here(case)
+    state = step(state, case.batches[0])
+    shared, kept = (zf.tree_map(lambda x: x, state), zf.unshard(state)), copied(state)
+    zf.donate(step)(state, case.batches[1])
+    for tree in shared:
+        assert_bitwise(zf.unshard(tree), zf.unshard(kept), "a tree taken before")
+
+
 def check_simulated(case):
     """The same on several ranks, whose buffers are the rows of the caller's tensors."""
     donating = simulate(zf.donate(case.recipe.step()), case.mesh_shape)
@@ -94,6 +104,12 @@ def test_donating_changes_no_bit(case):
 @given(cases())
 def test_donating_changes_no_bit_on_several_ranks(case):
     check_simulated(case)
+
+
+@examples(0.3)
+@given(cases(mesh_shapes=ONE_RANK))
+def test_donating_writes_nothing_over(case):
+    check_shared(case)
 
 
 @examples(0.3)

@@ -2,6 +2,12 @@
 """``python -m zfunc.cli``: what torchrun starts on every rank."""
 
 from zfunc.cli.app import main
+from zfunc.launch import current_job, leave
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        if current_job() is None:
+            raise
+        leave(ended.code)

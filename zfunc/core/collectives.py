@@ -208,7 +208,7 @@ def axis_index(axis: str, mesh: Mesh) -> torch.Tensor:
     index = mesh.axis_index(axis)
     if isinstance(index, torch.Tensor):
         return index
-    return torch.tensor(index, dtype=torch.int64, device=mesh.device)
+    return torch.full((), index, dtype=torch.int64, device=mesh.device)
 
 
 def axis_size(axis: str, mesh: Mesh) -> int:

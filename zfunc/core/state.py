@@ -11,7 +11,8 @@ import torch
 from zfunc.core import collectives, wire
 from zfunc.core.errors import DonatedBufferError, PlacementError
 from zfunc.core.mesh import Mesh
-from zfunc.core.sharding import P, Sharded, is_sharded, place_tree, replicate
+from zfunc.core.random import fold_in
+from zfunc.core.sharding import P, is_sharded, place_tree, replicate
 from zfunc.core.tree import (
     PyTree,
     check_floating,
@@ -199,12 +200,10 @@ def _check_agreement(params: PyTree, mesh: Mesh) -> None:
     leaves, _ = tree_flatten(params)
     if any(isinstance(x, torch._subclasses.FakeTensor) for x in leaves):
         return
-    sums = [torch.stack([x.double().sum(), x.double().abs().sum()]) for x in leaves]
-    mine = torch.stack(sums).detach().to(mesh.device)
+    mine = torch.stack([_fingerprint(x) for x in leaves]).to(mesh.device)
     for axis, size in mesh.axes:
         rows = collectives.all_gather(mine.unsqueeze(0), axis, mesh)
-        same = torch.isclose(rows, rows[:1], rtol=0, atol=0, equal_nan=True)
-        agree = same.flatten(2).all(2).all(0)
+        agree = (rows == rows[:1]).all(0)
         if not bool(agree.all()):
             paths = [path for path, _ in leaves_with_path(params)]
             raise PlacementError(
@@ -212,6 +211,14 @@ def _check_agreement(params: PyTree, mesh: Mesh) -> None:
                 f"{size} ranks of axis {axis!r}: make the parameters with the same "
                 "seed on every rank, or load the same file."
             )
+
+
+def _fingerprint(x: torch.Tensor) -> torch.Tensor:
+    """A hash of the bits of ``x`` that does not depend on the order of the sum."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = x.detach().contiguous().view(-1).view(integers[x.dtype.itemsize])
+    place = torch.arange(bits.numel(), device=bits.device)
+    return fold_in(bits.to(torch.int64), place).sum()
 
 
 def check_usable(state: Any) -> TrainState:
@@ -267,23 +274,3 @@ class Donated(torch.Tensor):
         raise DonatedBufferError("a donated buffer was used")
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
-
-
-def consume(**trees: PyTree) -> list[PyTree]:
-    """Take over the buffers of placed leaves: those of ``trees`` refuse all use."""
-    taken = [tree_map(lambda leaf: leaf, tree) for tree in trees.values()]
-    for name, tree in trees.items():
-        for path, leaf in leaves_with_path(tree, is_sharded):
-            if isinstance(leaf, Sharded):
-                object.__setattr__(leaf, "buffer", Donated(f"state.{name}[{path!r}]"))
-    return taken
-
-
-def give_back(tree: PyTree, *, like: PyTree) -> None:
-    """Make consumed leaves usable again, as zeros placed like ``like``."""
-    pairs = zip(
-        tree_leaves(tree, is_sharded), tree_leaves(like, is_sharded), strict=True
-    )
-    for leaf, other in pairs:
-        if isinstance(leaf, Sharded):
-            object.__setattr__(leaf, "buffer", torch.zeros_like(other.buffer))

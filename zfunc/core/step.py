@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +13,7 @@ from zfunc.core.autodiff import value_and_grad
 from zfunc.core.errors import LossError, PlacementError
 from zfunc.core.random import fold_in
 from zfunc.core.sharding import Sharded, global_norm, is_sharded
-from zfunc.core.state import Mean, Metrics, TrainState, check_usable, consume, give_back
+from zfunc.core.state import Mean, Metrics, TrainState, check_usable
 from zfunc.core.tree import (
     PyTree,
     check_structure,
@@ -27,7 +26,7 @@ from zfunc.core.tree import (
     tree_structure,
     tree_unflatten,
 )
-from zfunc.core.update import consuming_update, pure_update
+from zfunc.core.update import pure_update
 
 T = TypeVar("T")
 
@@ -87,7 +86,7 @@ def _versions(tree: PyTree) -> list[tuple[str, int]]:
     return [
         (path, x._version)
         for path, x in leaves_with_path(tree)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if not (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_inference())
     ]
 
 
@@ -138,7 +137,7 @@ class TrainStep(NamedTuple):
         moments = self.moments_of(check_usable(state))
         metrics, grads = self.gradients(state, batch)
         params, moments = pure_update(self.tx, grads, moments, state.params)
-        return _advanced(state, params, grads, moments, metrics)
+        return advanced(state, params, grads, moments, metrics)
 
     def gradients(self, state: TrainState, batch: PyTree) -> tuple[Metrics, PyTree]:
         """The metrics and the reduced gradient of the mean loss, before the update."""
@@ -239,66 +238,12 @@ def train_step(
     return step
 
 
-def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
-    """The same step, bit for bit, which consumes its input's buffers.
-
-    The gradients of the last step are freed before the backward, parameters and moments
-    as their successors are made: a group of leaves at a time where the optimizer is
-    leafwise. Nothing is written over, so tensors that share memory with the old state
-    keep their values. A step that raises before its update leaves the old state usable,
-    with gradients of zero. Every leaf of the old state's params,
-    grads and moments then raises ``DonatedBufferError`` on use; step, key and metrics
-    stay readable.
-
-    Laws: ``donate(step) == step`` bitwise.
-
-    Example:
-      >>> from zfunc.core.mesh import make_mesh
-      >>> from zfunc.core.state import shard
-      >>> step = donate(train_step(lambda p, b: (p * b).sum(), _example_tx()))
-      >>> old = shard(torch.ones(2), make_mesh({}))
-      >>> step(old, torch.ones(2)).params.buffer
-      tensor([0.9000, 0.9000])
-      >>> old.params.buffer + 1
-      Traceback (most recent call last):
-      zfunc.core.errors.DonatedBufferError: state.params[''] was donated to a step ...
-    """
-    if not isinstance(step, TrainStep):
-        raise TypeError(f"donate takes a TrainStep, got a {type(step).__name__}")
-
-    @functools.wraps(step.__call__)
-    def donating(state: TrainState, batch: PyTree) -> TrainState:
-        _check_placed(check_usable(state))
-        moments = step.moments_of(state)
-        consume(grads=state.grads)
-        try:  # what is wrong with a batch shows here, with all that is needed in place
-            metrics, grads = step.gradients(state, batch)
-        except BaseException:
-            give_back(state.grads, like=state.params)
-            raise
-        owned = consume(params=state.params, moments=moments)
-        del moments
-        params, moments = consuming_update(step.tx, grads, owned)
-        return _advanced(state, params, grads, moments, metrics)
-
-    return donating
-
-
-def _advanced(
+def advanced(
     state: TrainState, params: PyTree, grads: PyTree, moments: PyTree, metrics: Metrics
 ) -> TrainState:
     """The next state; its gradients are stored in the dtype of the parameters."""
     stored = tree_map(lambda g, p: g.to(p.dtype), grads, params)
     return TrainState(state.step + 1, params, stored, moments, state.key, metrics)
-
-
-def _check_placed(state: TrainState) -> None:
-    for path, leaf in leaves_with_path(state.params, is_sharded):
-        if not is_sharded(leaf):
-            raise PlacementError(
-                f"params[{path!r}] is a plain tensor, which a step cannot take over: "
-                "make the state with zf.shard(params, mesh), or do not donate."
-            )
 
 
 def _sample_index(batch: PyTree, state: TrainState) -> torch.Tensor:
@@ -360,7 +305,7 @@ def _mean(value: Any, what: str) -> Mean:
     """``value`` as a Mean of float32 or wider scalars; a plain scalar weighs 1."""
     if isinstance(value, (bool, int, float)) and what != "the loss":
         value = torch.tensor(float(value))
-    mean = value if isinstance(value, Mean) else Mean(value, torch.ones(()))
+    mean = value if isinstance(value, Mean) else Mean(value, 1)  # type: ignore[arg-type]
     if not isinstance(mean.total, torch.Tensor) or mean.total.dim():
         got = (
             f"shape {tuple(mean.total.shape)}"
@@ -373,12 +318,14 @@ def _mean(value: Any, what: str) -> Mean:
         )
     if what == "the loss" and not mean.total.is_floating_point():
         raise LossError(f"the loss must be floating, got {mean.total.dtype}")
-    if not isinstance(mean.weight, (torch.Tensor, int, float)):
+    weight: Any = mean.weight
+    if not isinstance(weight, (torch.Tensor, int, float)):
         raise LossError(
             f"{what}: the weight of a Mean is a 0-d tensor or a number, got a "
-            f"{type(mean.weight).__name__}"
+            f"{type(weight).__name__}"
         )
-    weight = torch.as_tensor(mean.weight, device=mean.total.device)
+    if not isinstance(weight, torch.Tensor):  # made on the device: a copy would sync
+        weight = torch.full((), weight, dtype=torch.float32, device=mean.total.device)
     if weight.dim():
         raise LossError(f"{what}: the weight of a Mean is 0-d, got {weight.shape}")
     if weight.requires_grad:

@@ -7,6 +7,7 @@ from .failures import root_cause as root_cause
 from .job import Job as Job
 from .job import current_job as current_job
 from .job import guarded as guarded
+from .job import leave as leave
 from .signals import STOP_SIGNALS as STOP_SIGNALS
 from .signals import StopRequest as StopRequest
 from .torchrun import Outcome as Outcome

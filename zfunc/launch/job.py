@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -69,6 +71,24 @@ def guarded(work: Callable[[], int], usage: type[Exception]) -> int:
         if isinstance(error, usage):
             return 2
         return LOST_PEER if _lost_peer(error) else 1
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """End a rank at once, its output written, without finalizing the interpreter.
+
+    Gloo's threads may still hold the tensors of the last collectives. Giving them back
+    to an interpreter that is finalizing aborts the process (torch 2.13), after all its
+    work is done: "terminate called without an active exception".
+
+    Args:
+      code: As of ``SystemExit``.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _lost_peer(error: BaseException | None) -> bool:

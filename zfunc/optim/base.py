@@ -39,8 +39,8 @@ class GradientTransformation(NamedTuple):
     parameters. Neither changes what it is given or waits for the device.
 
     ``leafwise`` declares that updating a tree is updating its leaves one by one (as
-    Adam does, and a clip by global norm does not); ``donate`` then needs the memory of a
-    few leaves instead of a second set of moments.
+    Adam does, and a clip by global norm does not); ``donate`` then needs the memory of
+    a few leaves instead of a second set of moments.
 
     Laws:
       ``tx.init(shard(p)) == shard(tx.init(p))``. ``update`` keeps the structure,

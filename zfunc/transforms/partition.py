@@ -78,8 +78,8 @@ def partition(
       axis: the mesh axis that splits the batch.
       gather_dtype: what gathers send; default: the storage dtype, or at stage 3 the
         compute dtype of ``precision`` where it is narrower (the same values).
-      reduce_dtype: what gradient reductions send; default: the storage dtype. Sums add
-        up in float32 at least.
+      reduce_dtype: what gradient reductions send; default: the storage dtype. On gloo
+        sums add up in float32 at least; NCCL adds in the dtype that is sent.
       persistence_threshold: at stage 3, leaves of at most this many elements are
         gathered once per step. DeepSpeed's default is 100_000; ours gathers all at use.
 
@@ -90,8 +90,13 @@ def partition(
       PlacementError: (when called) a state that is not placed, is sharded at stage 0,
         or over an axis that the step does not handle.
 
+    Every rank must run the same program: a loss that uses other parameters on other
+    ranks (a branch on the rank or on the data) mixes up the gathers of stage 3.
+
     Laws: ``unshard(step(shard(s), b)) == step(s, b)``; stages 1, 2, 3 agree bitwise at
-    one microbatch, 2 and 3 at any number; commutes with accumulate and precision.
+    one microbatch, 2 and 3 at any number, where no leaf is an argument of several
+    ``remat`` blocks (stage 3 reduces its gradient once per block); commutes with
+    accumulate and precision.
 
     References:
       Rajbhandari et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020, sections 5

@@ -8,11 +8,14 @@ is an ``autograd.Function`` whose backward runs the block again under vjp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch._C._functorch import (
+    _grad_decrement_nesting,
+    _grad_increment_nesting,
+    _unwrap_for_grad,
     is_functorch_wrapped_tensor,
     maybe_current_level,
     maybe_get_level,
@@ -30,18 +33,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Guard(TorchFunctionMode):
     """Raises when the block uses a tensor that is differentiated and not passed in."""
 
-    def __init__(self, call: _Call, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, call: _Call, inputs: Sequence[Any], level: int) -> None:
         super().__init__()
-        self.name, self.level = _name(call.block), maybe_current_level() or 0
-        self.plain, self.passed = call.plain, {id(x) for x in inputs}
-        # Under a transform inside the block its tensors have the level that captured
-        # ones have; there the closure tells them apart.
-        cells = [_contents(c) for c in getattr(call.block, "__closure__", None) or ()]
-        self.closed_over = {id(x) for x in tree_leaves(cells) if self._deeper(x)}
-
-    def _deeper(self, leaf: Any) -> bool:
-        wrapped = isinstance(leaf, torch.Tensor) and is_functorch_wrapped_tensor(leaf)
-        return wrapped and maybe_get_level(leaf) > self.level
+        self.call, self.level = call, level
+        self.passed = {id(x) for x in inputs}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -49,11 +44,11 @@ class _Guard(TorchFunctionMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and self._captured(leaf):
                 raise RematError(
-                    f"the block {self.name!r} given to remat uses a tensor of shape "
-                    f"{tuple(leaf.shape)} that is being differentiated but is not an "
-                    "argument: its gradient would be silently wrong. Pass it in:\n"
-                    "  wrong: remat(lambda x: x @ w)(x)\n"
-                    "  right: remat(lambda w, x: x @ w)(w, x)"
+                    f"the block {_name(self.call.block)!r} given to remat uses a "
+                    f"tensor of shape {tuple(leaf.shape)} that is being differentiated but is "
+                    "not an argument: its gradient would be silently wrong. Pass it in:"
+                    "\n  wrong: remat(lambda x: x @ w)(x)"
+                    "\n  right: remat(lambda w, x: x @ w)(w, x)"
                 )
         return func(*args, **(kwargs or {}))
 
@@ -61,11 +56,30 @@ class _Guard(TorchFunctionMode):
         if type(leaf) is GatherOnUse:
             buffer, _ = open_up(leaf)
             return id(buffer) not in self.passed and self._captured(buffer)
-        if self._deeper(leaf):
-            now = maybe_current_level() or 0
-            nested = self.level < maybe_get_level(leaf) <= now
-            return not nested or id(leaf) in self.closed_over
-        return self.plain and leaf.requires_grad and id(leaf) not in self.passed
+        if not self.call.top:  # outside of torch.func plain autograd differentiates
+            return leaf.requires_grad and id(leaf) not in self.passed
+        wrapped = is_functorch_wrapped_tensor(leaf)
+        return wrapped and self.level < maybe_get_level(leaf) <= self.call.top
+
+
+def _guarded(call: _Call, rank: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Run the block, checking what it captures.
+
+    It runs above every level that exists where remat was called: a transform inside
+    the block would otherwise take the level of a captured tensor for its own.
+    """
+    level, added = maybe_current_level() or 0, []
+    try:
+        while call.top and (maybe_current_level() or 0) <= call.top:
+            added.append(_grad_increment_nesting())
+        with _Guard(call, tensors, level):
+            outputs = call.run(rank, tensors)
+        for above in reversed(added):
+            outputs = [_unwrap_for_grad(o, above) for o in outputs]
+    finally:
+        for _ in added:
+            _grad_decrement_nesting()
+    return tuple(outputs)
 
 
 class _Call:
@@ -74,12 +88,12 @@ class _Call:
     __slots__ = (
         "block",
         "out_spec",
-        "plain",
         "positions",
         "rests",
         "rng",
         "spec",
         "static",
+        "top",
     )
 
     def __init__(self, block: Any, args: Any, kwargs: Any) -> None:
@@ -91,8 +105,7 @@ class _Call:
         self.static = [None if _is_tensor(x) else x for x in leaves]
         self.out_spec: list[Any] = []
         self.rng = _rng_state()
-        # Outside of torch.func it is plain autograd that differentiates.
-        self.plain = not maybe_current_level()
+        self.top = maybe_current_level() or 0
 
     def run(self, rank: Any, tensors: Any) -> list[torch.Tensor]:
         leaves = list(self.static)
@@ -117,8 +130,7 @@ class _Call:
 class _Remat(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, rank: Any, *tensors: torch.Tensor) -> Any:
-        with _Guard(call, tensors):
-            return tuple(call.run(rank, tensors))
+        return _guarded(call, rank, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -159,8 +171,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, rank: Any, *tensors: Any) -> Any:
         def flat(rank: Any, *xs: torch.Tensor) -> Any:
-            with _Guard(call, xs):
-                return tuple(call.run(rank, xs))
+            return _guarded(call, rank, xs)
 
         dims = (in_dims[1], *in_dims[2:])
         mapped = torch.func.vmap(flat, dims, randomness=info.randomness)
@@ -221,13 +232,6 @@ def _is_tensor(x: Any) -> bool:
 
 def _is_smooth(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
 
 
 def _name(block: Any) -> str:

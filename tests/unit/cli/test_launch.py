@@ -194,3 +194,15 @@ def test_nohup_is_respected():
         assert (stop.signal, received) == (0, [])
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("code", "returncode", "errors"),
+    [("3", 3, ""), ("None", 0, ""), ("'no'", 1, "no\n")],
+)
+def test_leaving_writes_what_was_printed(code, returncode, errors):
+    program = f"from zfunc.launch import leave\nprint('done', end='')\nleave({code})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (returncode, "done", errors)

@@ -91,7 +91,7 @@ def test_replicated_state_is_called_so():
 def test_bytes_are_those_of_the_buffers():
     # On three ranks a dim of 4 is padded to 6: the buffers are what is counted.
     mesh = zf.AbstractMesh({"data": 3})
-    params = {"w": torch.ones(4, 2), "scale": torch.ones(())}
+    params = zf.abstract({"w": torch.ones(4, 2), "scale": torch.ones(())})
     state = zf.shard(params, mesh, tx=zf.optim.adamw(1e-3))
     assert measured_bytes(state.params) == Bytes(per_rank=20, unsharded=36)
     moments = measured_bytes(state.moments)

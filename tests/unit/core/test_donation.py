@@ -234,6 +234,18 @@ def test_a_step_that_raises_does_not_cost_the_state(transforms):
     assert_bitwise(zf.unshard(state).params, example_params())
 
 
+@pytest.mark.parametrize("fields", [{"grads": None}, {"grads": None, "moments": None}])
+def test_a_state_without_gradients(fields):
+    """As one that was made to save memory, or read from a file."""
+    tx = zf.optim.adam(0.1)
+    state = zf.shard(example_params(), alone(), tx=tx).replace(**fields)
+    step = zf.train_step(loss, tx)
+    want = zf.tree_map(torch.clone, step(state, example_batch()))
+    with pytest.raises(ValueError, match="does not divide"):
+        zf.donate(zf.train_step(loss, tx, zf.accumulate(4)))(state, example_batch())
+    assert_bitwise(zf.donate(step)(state, example_batch()), want)
+
+
 def test_one_leaf_at_two_places_of_the_state():
     """Two leaves that are one buffer would be updated twice."""
     leaf = zf.shard(randn(3), alone()).params

@@ -151,6 +151,22 @@ def test_a_loss_that_writes_to_its_parameters_is_refused(zero):
         step(state, example_batch())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("zero", [None, *STAGES])
+def test_modes_around_a_step_do_not_matter(zero, mode):
+    mesh = alone() if zero is None else one_rank()
+    where = () if zero is None else (zf.partition(zero=zero),)
+    step = zf.train_step(loss, zf.optim.sgd(0.1), *where)
+
+    def run():
+        state = zf.shard(example_params(), mesh, spec=None if zero else zf.P())
+        return zf.unshard(step(step(state, example_batch()), example_batch()))
+
+    with mode():
+        got = run()
+    assert_bitwise(got, run())
+
+
 @pytest.mark.parametrize("zero", [None, *STAGES])
 def test_the_host_never_waits(zero):
     def blocks(params, batch, key):

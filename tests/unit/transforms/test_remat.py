@@ -421,6 +421,63 @@ def test_captured_inside_of_vmap_is_right_or_an_error():
     assert_same_gradient(got, want)
 
 
+class Layer:
+    """Parameters in an attribute, which no closure shows."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def grad(self, x):
+        return grad(lambda y: torch.tanh(y @ self.w).sum())(x)
+
+    def value_and_grad(self, x):
+        return zf.value_and_grad(lambda y: torch.tanh(y @ self.w).sum())(x)[1]
+
+    def jvp(self, x):
+        return jvp(lambda y: torch.tanh(y @ self.w), (x,), (x,))[1]
+
+    def vmap(self, x):
+        return vmap(lambda y: torch.tanh(y @ self.w))(x)
+
+
+def assert_right_or_refused(program):
+    want = zf.value_and_grad(functools.partial(program, plain))(W)
+    try:
+        got = zf.value_and_grad(functools.partial(program, zf.remat))(W)
+    except RematError:
+        return
+    assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("inner", ["grad", "value_and_grad", "jvp", "vmap"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_captured_by_an_object_and_used_in_a_transform(inner, derived):
+    """A transform inside of the block must not hide what the block captures."""
+
+    def program(how, w):
+        block = getattr(Layer(w.sin() if derived else w), inner)
+        return how(block)(X).square().sum()
+
+    assert_right_or_refused(program)
+
+
+@pytest.mark.parametrize("way", ["partial", "default", "list"])
+def test_captured_in_other_ways_and_used_in_a_transform(way):
+    def hidden(w, x):
+        return grad(lambda y: torch.tanh(y @ w).sum())(x)
+
+    def program(how, w):
+        box = [Layer(w)]
+        blocks = {
+            "partial": functools.partial(hidden, w),
+            "default": lambda x, w=w: hidden(w, x),
+            "list": lambda x: hidden(box[0].w, x),
+        }
+        return how(blocks[way])(X).square().sum()
+
+    assert_right_or_refused(program)
+
+
 def test_captured_under_plain_autograd():
     w = W.clone().requires_grad_()
     with pytest.raises(RematError, match="is not an argument"):

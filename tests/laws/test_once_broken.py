@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a law does not hold yet: each test states the law, and is expected to fail.
-
-``xfail_strict`` turns a test that starts to pass into an error: move it to its law.
-"""
+"""Where a law was false once: what random trees, recipes and meshes do not draw."""
 
 import pytest
 import torch
@@ -15,10 +12,6 @@ PARAMS = {"w": torch.linspace(-1.3, 1.1, 15).reshape(5, 3)}
 BATCH = torch.linspace(-2.0, 2.0, 60).reshape(3, 4, 5)
 
 
-def gap(reason):
-    return pytest.mark.xfail(reason=reason, raises=Exception)
-
-
 def gradient(loss_fn, *transforms, **options):
     step = zf.train_step(loss_fn, zf.optim.sgd(0.1), *transforms)
     sim = simulate(step, {"data": 3})
@@ -28,7 +21,6 @@ def gradient(loss_fn, *transforms, **options):
 # --- L1: what is accumulated is what the batch at once gives ---------------------
 
 
-@gap("with output=bf16 the weights of the microbatches add up in bfloat16")
 def test_l1_a_bfloat16_output_does_not_change_the_count():
     def loss_fn(params, batch):
         return zf.Mean((params["w"] * batch).sum(), torch.tensor(float(len(batch))))
@@ -44,7 +36,6 @@ def test_l1_a_bfloat16_output_does_not_change_the_count():
 # --- L3: the stages agree bit for bit --------------------------------------------
 
 
-@gap("at stage 3 a cast of a cast gathers the stored values, past the first cast")
 def test_l3_a_cast_that_rounds_is_not_forgotten():
     def loss_fn(params, batch):
         rounded = params["w"].to(torch.bfloat16).to(torch.float32)
@@ -54,7 +45,6 @@ def test_l3_a_cast_that_rounds_is_not_forgotten():
     assert torch.allclose(three, one, rtol=1e-5, atol=0.0)
 
 
-@gap("the same under precision: a float() in the loss escapes the policy")
 def test_l3_precision_is_not_escaped_by_a_cast():
     def loss_fn(params, batch):
         return torch.tanh(batch.float() @ params["w"].float()).square().mean()
@@ -65,7 +55,6 @@ def test_l3_precision_is_not_escaped_by_a_cast():
     assert torch.allclose(three, one, rtol=1e-5, atol=0.0)
 
 
-@gap("at stage 3 each cast of a leaf is gathered, and reduced, by itself")
 def test_l3_a_cast_that_does_nothing_changes_no_bit():
     def loss_fn(params, batch):
         same = params["w"].float()
@@ -75,7 +64,6 @@ def test_l3_a_cast_that_does_nothing_changes_no_bit():
     assert torch.equal(one, three)
 
 
-@gap("accumulate widens bfloat16 gradients before stage 1 reduces, not before stage 3")
 def test_l3_one_microbatch_of_a_bfloat16_state():
     def loss_fn(params, batch):
         return torch.tanh(batch.bfloat16() @ params["w"]).float().square().mean()
@@ -87,7 +75,6 @@ def test_l3_one_microbatch_of_a_bfloat16_state():
     assert torch.equal(one, three)
 
 
-@gap("accumulate returns float32 gradients of bfloat16 parameters")
 def test_l2_gradients_keep_the_dtype_of_the_state():
     def loss_fn(params, batch):
         return torch.tanh(batch.bfloat16() @ params["w"]).float().square().mean()
@@ -97,28 +84,38 @@ def test_l2_gradients_keep_the_dtype_of_the_state():
     assert plain.dtype == counted.dtype
 
 
-@gap("GatherOnUse cannot be an argument of a torch.func transform inside the loss")
 @pytest.mark.parametrize("inner", [zf.value_and_grad, torch.func.grad_and_value])
 def test_l3_a_loss_may_differentiate_by_its_parameters(inner):
     def loss_fn(params, batch):
         def energy(w):
             return torch.tanh(batch @ w).mean()
 
-        pair = inner(energy)(params["w"])
-        return sum(x.square().sum() for x in pair)
+        w = params["w"] if inner is zf.value_and_grad else params["w"].clone()
+        return sum(x.square().sum() for x in inner(energy)(w))
 
     one, three = (gradient(loss_fn, zf.partition(z)) for z in (1, 3))
     assert torch.allclose(one, three)
 
 
-@gap("nor may torch.vmap map over one")
 def test_l3_a_loss_may_map_over_its_parameters():
     def loss_fn(params, batch):
         rows = torch.vmap(lambda row, x: torch.tanh(x.unsqueeze(-1) * row).sum())
-        return rows(params["w"], batch.movedim(-1, 0)).square().mean()
+        return rows(params["w"].clone(), batch.movedim(-1, 0)).square().mean()
 
     one, three = (gradient(loss_fn, zf.partition(z)) for z in (1, 3))
     assert torch.allclose(one, three)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: torch.func.grad(torch.sum)(w).sum(),
+        lambda w: torch.vmap(torch.sum)(w).sum(),
+    ],
+)
+def test_a_use_that_would_lose_the_gradient_is_refused(use):
+    with pytest.raises(zf.PlacementError, match=r"pass w\.clone\(\)"):
+        gradient(lambda params, batch: use(params["w"]), zf.partition(3))
 
 
 # --- L7: donate(step) == step, and only what was given is consumed ---------------
@@ -128,7 +125,6 @@ def summed(params, batch):
     return params["w"].sum()
 
 
-@gap("unshard, reshard and tree_map share memory with a state that is donated later")
 @pytest.mark.parametrize(
     "taken",
     [
@@ -143,7 +139,6 @@ def test_l7_what_was_taken_before_the_donation_survives(taken):
     assert torch.equal(before, PARAMS["w"])
 
 
-@gap("an optimizer that starts from the parameters shares their memory")
 def test_l7_moments_that_start_as_the_parameters():
     anchor = GradientTransformation(
         lambda params: zf.tree_map(lambda p: p, params),
@@ -156,7 +151,6 @@ def test_l7_moments_that_start_as_the_parameters():
     assert torch.equal(donated.moments[0]["w"].buffer, pure.moments[0]["w"].buffer)
 
 
-@gap("a step that raises has consumed its state")
 def test_l7_a_batch_that_is_refused_costs_nothing():
     state = zf.shard(PARAMS, zf.make_mesh({}))
     step = zf.donate(zf.train_step(summed, zf.optim.sgd(0.1), zf.accumulate(2)))
@@ -168,7 +162,6 @@ def test_l7_a_batch_that_is_refused_costs_nothing():
 # --- the rest --------------------------------------------------------------------
 
 
-@gap("the key is passed as the third argument, whatever that is")
 def test_a_key_goes_where_it_is_named():
     def loss_fn(params, batch, scale=2.0, key=None):
         return params["w"].sum() * scale + key.sum() * 0
@@ -178,20 +171,6 @@ def test_a_key_goes_where_it_is_named():
     assert torch.equal(after.grads["w"].buffer, torch.full((5, 3), 2.0))
 
 
-@gap("every floating output of remat counts as depending on the parameters")
-def test_a_whole_loss_under_remat_may_be_weighted_by_floats():
-    def loss_fn(params, batch):
-        return zf.Mean((params["w"].sum() * batch).sum(), batch.sum())
-
-    state = zf.shard(PARAMS, zf.make_mesh({}))
-    plain, again = (
-        zf.train_step(fn, zf.optim.sgd(0.1))(state, torch.ones(4))
-        for fn in (loss_fn, zf.remat(loss_fn))
-    )
-    assert torch.equal(plain.grads["w"].buffer, again.grads["w"].buffer)
-
-
-@gap("negative dims are not counted from the end")
 def test_all_to_all_counts_dims_from_the_end():
     mesh = zf.make_mesh({"data": 1})
     x = torch.arange(6).reshape(2, 3)
@@ -199,19 +178,6 @@ def test_all_to_all_counts_dims_from_the_end():
     assert torch.equal(y, zf.all_to_all(x, "data", mesh, split_dim=1, concat_dim=0))
 
 
-@gap("the first aux of a state is a new structure, and the metrics change dtype")
-def test_l2_the_first_step_keeps_the_structure():
-    def loss_fn(params, batch):
-        return params["w"].sum(), {"seen": batch.sum()}
-
-    tx = zf.optim.sgd(0.1)
-    params = zf.tree_map(torch.Tensor.double, PARAMS)
-    state = zf.shard(params, zf.make_mesh({}), tx=tx)
-    after = zf.train_step(loss_fn, tx)(state, torch.ones(4).double())
-    assert zf.core.tree.tree_structure(after) == zf.core.tree.tree_structure(state)
-
-
-@gap("an IndexError")
 def test_a_state_of_no_leaves_is_refused_in_words():
     with pytest.raises((TypeError, zf.ZfuncError), match="leaves"):
         zf.shard({}, zf.make_mesh({}))
