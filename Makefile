@@ -14,7 +14,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small model on two processes, into runs/demo
-	$(BIN)/zfunc train --nproc 2 --out runs/demo --fresh
+	$(BIN)/zfunc train --nproc 2 --out runs/demo --overwrite
 
 test: $(STAMP) ## the whole test suite, doctests included
 	$(BIN)/pytest

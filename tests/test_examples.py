@@ -261,7 +261,7 @@ def test_public_names_that_are_named_exist(page):
 def law_modules():
     """The files of ``tests/laws`` that state laws."""
     names = {path.stem for path in (ROOT / "tests" / "laws").glob("test_*.py")}
-    about_tests = {"test_tools", "test_mutants", "test_known_gaps"}
+    about_tests = {"test_tools", "test_mutants"}
     return [importlib.import_module(f"tests.laws.{n}") for n in names - about_tests]
 
 
@@ -284,7 +284,7 @@ def readme_number(pattern):
 def test_the_readme_counts_right():
     mutants = importlib.import_module("tests.laws.mutants").MUTANTS
     assert readme_number(r"tries over ([\d,]+)\s+examples") <= num_examples()
-    assert readme_number(r"So (\d+) wrong versions") == len(mutants)
+    assert readme_number(r"So over (\d+) wrong versions") < len(mutants)
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 200
 
 

@@ -103,7 +103,7 @@ FIELDS = {
     "Mean": "total weight",
     "Sharded": "buffer sharding global_shape",
     "NamedSharding": "mesh spec memory_kind",
-    "optim.GradientTransformation": "init update leafwise",
+    "optim.GradientTransformation": "init update leafwise halves",
 }
 
 # They need processes: tests/distributed runs them instead.

@@ -90,7 +90,7 @@ def from_dtensor(tree: PyTree, mesh: Mesh) -> PyTree:
             )
         entries: list[str | None] = [None] * leaf.dim()
         for axis, placement in zip(mesh.shape, leaf.placements, strict=True):
-            if isinstance(placement, Shard) and entries[placement.dim] is None:
+            if type(placement) is Shard and entries[placement.dim] is None:
                 entries[placement.dim] = axis
             elif not isinstance(placement, Replicate):
                 raise PlacementError(

@@ -207,6 +207,30 @@ def test_ranks_that_start_from_different_parameters_are_told(ranks):
         ranks(2).run(unequal_seeds)
 
 
+def unequal_on_one_rank_of_two_axes(what):
+    mesh = zf.make_mesh({"data": 2, "tensor": 2})
+    odd = dist.get_rank() == 3
+    params = {"a": torch.ones(3)}
+    if odd and what == "values":
+        params = {"a": torch.zeros(3)}
+    if odd and what == "leaves":
+        params["more"] = torch.ones(5)
+    try:
+        zf.shard(params, mesh)
+    except zf.PlacementError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("values", r"params['a'] differs"), ("leaves", "has other leaves")],
+)
+def test_all_ranks_are_told_and_none_waits(ranks, what, words):
+    answers = ranks(4).run(unequal_on_one_rank_of_two_axes, what)
+    assert all(words in answer for answer in answers), answers
+
+
 def wrong_mesh():
     zf.make_mesh({"data": 5})
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import zfunc as zf
-from zfunc.core import collectives, sharding, step, update, wire
+from zfunc.core import collectives, donation, sharding, step, update, wire
 from zfunc.core.mesh import Mesh
 from zfunc.core.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from zfunc.testing import recipe as recipes
@@ -257,7 +257,7 @@ def moments_in_another_leaf_order(patch):
 
 
 def donation_leaves_the_old_state_alive(patch):
-    patch.setattr(step, "consume", lambda **trees: list(trees.values()))
+    patch.setattr(donation, "_consume", lambda **trees: list(trees.values()))
 
 
 def donation_forgets_the_last_group(patch):
@@ -273,11 +273,11 @@ def donation_writes_in_place(patch):
         updates, moments = tx.update(grads, moments, params)
         return tree_map(torch.Tensor.add_, params, updates), moments
 
-    patch.setattr(step, "consuming_update", in_place)
+    patch.setattr(donation, "consuming_update", in_place)
 
 
 def pure_step_writes_in_place(patch):
-    patch.setattr(update, "_added", torch.Tensor.add_)
+    patch.setattr(update, "added", torch.Tensor.add_)
 
 
 def remat_from_a_stale_input(patch):
@@ -302,7 +302,7 @@ def update_rounded_to_bfloat16(patch):
     def rounded(p, u):
         return (p + u).bfloat16().to(p.dtype)
 
-    patch.setattr(update, "_added", rounded)
+    patch.setattr(update, "added", rounded)
 
 
 def loss_scaled_by_precision(patch):

@@ -43,7 +43,7 @@ class TrainConfig(BaseModel):
         description="Ranks on this machine. [default: all GPUs, else 2]",
     )
     steps: int = Field(
-        default=300, ge=1, description="Optimizer steps of the whole run."
+        default=240, ge=1, description="Optimizer steps of the whole run."
     )
     zero: Literal[0, 1, 2, 3] = Field(
         default=3, description="ZeRO stage: 0 replicates; 1, 2 and 3 shard the state."

@@ -119,9 +119,10 @@ class _Clock:
         loss, grad_norm = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
         config = self._training.config
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UsageError(
-                f"the loss is {loss} at step {pending.step}: the training diverged. "
+                f"the loss is {loss} and the gradient's norm {grad_norm} at step "
+                f"{pending.step}: the training diverged. "
                 f"Start again with a lower --lr (it was {config.lr}) or more "
                 "--warmup-steps."
             )

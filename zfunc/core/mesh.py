@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from zfunc.core.errors import MeshError
 
@@ -137,21 +136,32 @@ def make_mesh(
             f"of the axis sizes {world}. (zfunc.testing.simulate runs all the ranks "
             "of a mesh in one process.)"
         )
+    if timeout_s is not None and (timeout_s <= 0 or dist.is_initialized()):
+        raise MeshError(
+            f"timeout_s={timeout_s} must be positive, and given where the process "
+            "group is made: the first mesh of the job (or your own init_process_group)."
+        )
     if size == 1:
         return Mesh(checked, "local", device_type)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = None if timeout_s is None else timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        limit = None if timeout_s is None else timedelta(seconds=timeout_s)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=limit)
-    names = tuple(name for name, _ in checked)
-    sizes = tuple(n for _, n in checked)
-    # Names, not the DeviceMesh: one that lives until the interpreter exits takes its
-    # gloo threads down with an abort (torch 2.13).
-    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
-    groups = tuple(device_mesh.get_group(name).group_name for name in names)
+    sizes = [n for _, n in checked]
+    groups = tuple(_group_along(i, sizes, limit) for i in range(len(sizes)))
     return Mesh(checked, "process", device_type, dist.get_rank(), groups)
+
+
+def _group_along(position: int, sizes: list[int], limit: timedelta | None) -> str:
+    """Name of this rank's process group along an axis; all ranks make them together."""
+    if len(sizes) == 1:
+        return dist.group.WORLD.group_name  # type: ignore[union-attr]
+    grid = torch.arange(math.prod(sizes)).view(sizes)
+    lines = grid.movedim(position, -1).reshape(-1, sizes[position]).tolist()
+    mine, _ = dist.new_subgroups_by_enumeration(lines, timeout=limit)
+    return mine.group_name  # type: ignore[no-any-return]
 
 
 def _world_size() -> int:

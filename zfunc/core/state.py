@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -200,25 +201,43 @@ def _check_agreement(params: PyTree, mesh: Mesh) -> None:
     leaves, _ = tree_flatten(params)
     if any(isinstance(x, torch._subclasses.FakeTensor) for x in leaves):
         return
-    mine = torch.stack([_fingerprint(x) for x in leaves]).to(mesh.device)
-    for axis, size in mesh.axes:
-        rows = collectives.all_gather(mine.unsqueeze(0), axis, mesh)
-        agree = (rows == rows[:1]).all(0)
-        if not bool(agree.all()):
-            paths = [path for path, _ in leaves_with_path(params)]
-            raise PlacementError(
-                f"params[{paths[int((~agree).int().argmax())]!r}] differs between the "
-                f"{size} ranks of axis {axis!r}: make the parameters with the same "
-                "seed on every rank, or load the same file."
-            )
+    described = [f"{p}:{tuple(x.shape)}:{x.dtype}" for p, x in leaves_with_path(params)]
+    digest = hashlib.sha256("\n".join(described).encode()).digest()
+    names = _of_all_ranks(torch.tensor([int.from_bytes(digest[:7])]), mesh)
+    if bool((names != names[:1]).any()):
+        raise PlacementError(
+            f"params has other leaves, shapes or dtypes on other ranks of the mesh "
+            f"{mesh.shape}: make the same parameters on every rank."
+        )
+    rows = _of_all_ranks(torch.stack([_fingerprint(x) for x in leaves]), mesh)
+    agree = (rows == rows[:1]).all(0)
+    if not bool(agree.all()):
+        paths = [path for path, _ in leaves_with_path(params)]
+        raise PlacementError(
+            f"params[{paths[int((~agree).int().argmax())]!r}] differs between the "
+            f"{mesh.size} ranks of the mesh {mesh.shape}: make the parameters with the "
+            "same seed on every rank, or load the same file."
+        )
+
+
+def _of_all_ranks(mine: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """One row per rank of the whole mesh, on every rank: all of them judge alike."""
+    rows = mine.to(mesh.device).unsqueeze(0)
+    for axis, _ in mesh.axes:
+        rows = collectives.all_gather(rows, axis, mesh)
+    return rows
 
 
 def _fingerprint(x: torch.Tensor) -> torch.Tensor:
     """A hash of the bits of ``x`` that does not depend on the order of the sum."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = x.detach().contiguous().view(-1).view(integers[x.dtype.itemsize])
-    place = torch.arange(bits.numel(), device=bits.device)
-    return fold_in(bits.to(torch.int64), place).sum()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), 2**20):  # hashes are 8 bytes an element
+        chunk = bits[start : start + 2**20].to(torch.int64)
+        place = torch.arange(start, start + chunk.numel(), device=bits.device)
+        total = total + fold_in(chunk, place).sum()
+    return total
 
 
 def check_usable(state: Any) -> TrainState:

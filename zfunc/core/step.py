@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -163,9 +164,9 @@ class TrainStep(NamedTuple):
         return state.moments
 
     def _check_moments(self, params: PyTree, moments: PyTree) -> None:
-        shapes = tree_map(lambda p: torch.empty_like(p, device="meta"), params)
-        expected = self.tx.init(shapes)
-        if tree_structure(expected) != tree_structure(moments):
+        specs = tree_structure(params), tree_structure(moments)
+        expected = _mismatch(self.tx, *specs)
+        if expected is not None:
             check_structure(
                 expected,
                 moments,
@@ -184,6 +185,14 @@ class TrainStep(NamedTuple):
         return f"<TrainStep {names}>"
 
 
+@functools.lru_cache(maxsize=64)
+def _mismatch(tx: Any, params_spec: Any, moments_spec: Any) -> PyTree | None:
+    """The moments that ``tx`` makes, where their structure is another; asked once."""
+    leaves = [torch.empty((), device="meta")] * params_spec.num_leaves
+    expected = tx.init(tree_unflatten(params_spec, leaves))
+    return expected if tree_structure(expected) != moments_spec else None
+
+
 Transform = Callable[[TrainStep], TrainStep]
 
 
@@ -195,9 +204,10 @@ def train_step(
     Args:
       loss_fn: ``(params, batch)`` or ``(params, batch, key)`` to a floating scalar, to
         ``(scalar, aux)``, or to a ``Mean`` in the scalar's place. ``batch`` is this
-        rank's slice along the data axis. ``key`` has one key per sample (int64 [B]),
-        the same whatever the mesh and the microbatches. ``aux`` is a pytree of scalars
-        or ``Mean``; it comes out, averaged, as ``state.metrics.aux``.
+        rank's slice along the data axis. ``key`` (or ``keys``, or a required third
+        parameter) receives one key per sample (int64 [B]), the same whatever the mesh
+        and the microbatches, where all ranks have equally many samples.
+        ``aux`` is a pytree of scalars or ``Mean``; it comes out, averaged, as ``state.metrics.aux``.
       tx: a ``GradientTransformation``, from ``zfunc.optim``.
       *transforms: ``partition``, ``precision``, ``accumulate``, in any order.
 
@@ -246,9 +256,27 @@ def advanced(
     return TrainState(state.step + 1, params, stored, moments, state.key, metrics)
 
 
+def sample_counts(batch: PyTree, what: str) -> dict[str, int]:
+    """Dim 0 of each tensor of a batch, by path: one number, or a ``ValueError``."""
+    sizes = {
+        path: leaf.shape[0]
+        for path, leaf in leaves_with_path(batch)
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0]
+    }
+    first = next(iter(sizes), "")
+    for path, size in sizes.items():
+        if size != sizes[first]:
+            raise ValueError(
+                f"{what}: batch[{path!r}] has {size} samples and batch[{first!r}] has "
+                f"{sizes[first]}: what has not one row per sample is no part of the "
+                "batch; close over it in the loss."
+            )
+    return sizes
+
+
 def _sample_index(batch: PyTree, state: TrainState) -> torch.Tensor:
     tensors = [x for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()]
-    count = tensors[0].shape[0] if tensors else 0
+    count = next((len(x) for x in tensors if len(x)), 0)
     return torch.arange(count, device=state.key.device)
 
 
@@ -257,6 +285,8 @@ def _tallying(loss_fn: Callable[..., Any]) -> LossFn:
     key_name, takes_key = _key_parameter(loss_fn)
 
     def loss(params: PyTree, batch: PyTree, samples: Samples) -> Tally:
+        if takes_key:
+            sample_counts(batch, "one key per sample")
         keys = fold_in(samples.key, samples.index) if takes_key else None
         named_key = {key_name: keys} if key_name else {}
         third = (keys,) if takes_key and not key_name else ()

@@ -25,17 +25,25 @@ def pure_update(
 ) -> tuple[PyTree, PyTree]:
     """``(params + updates, new moments)``; nothing that is given changes."""
     updates, moments = tx.update(grads, moments, params)
-    return tree_map(_added, params, updates), moments
+    return tree_map(added, params, updates), moments
 
 
 def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, Any]:
     r"""The same bits from ``owned = [params, moments]``, which nobody else may hold.
 
     A ``leafwise`` transformation updates a group of leaves at a time, and the old ones
-    of the group are let go: :math:`16\Psi/n` bytes of state stay about that. Nothing
-    is written over.
+    of the group are let go: :math:`16\Psi/n` bytes of state stay about that (and
+    :math:`4\Psi/n` of updates after a part that is not leafwise, such as a clip by
+    global norm). Nothing is written over.
     """
     moments, params = owned.pop(), owned.pop()
+    if halves := getattr(tx, "halves", ()):
+        first, rest, cut = halves
+        updates, done = first.update(grads, moments[:cut], params)
+        owned = [params, moments[cut:]]
+        del params, moments
+        params, left = consuming_update(rest, updates, owned)
+        return params, (*done, *left)
     if not getattr(tx, "leafwise", False):
         return pure_update(tx, grads, moments, params)
     spec, (leaves, outline) = tree_structure(params), tree_flatten(params, is_sharded)
@@ -60,9 +68,10 @@ def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, 
     return tree_unflatten(outline, leaves), finish(new_trees)
 
 
-def _added(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``p + u`` in the wider dtype, rounded once."""
-    return (p + u).to(p.dtype)
+def added(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """``p + u`` in float32 at least, rounded once."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return (p.to(wide) + u).to(p.dtype)
 
 
 def _groups(leaves: list[Any]) -> list[list[int]]:

@@ -6,7 +6,7 @@ elementwise mathematics knows nothing of placement, and moments are placed like 
 parameters they were made from. The zero padding of uneven dims stays zero.
 
 Arithmetic is in float32 at least, whatever the parameters are stored in; the only
-rounding to their dtype is in ``apply_updates``.
+rounding to their dtype is where updates are added to parameters.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from zfunc.core.tree import (
     tree_leaves,
     tree_map,
 )
+from zfunc.core.update import added
 
 InitFn = Callable[[PyTree], PyTree]
 UpdateFn = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -40,7 +41,8 @@ class GradientTransformation(NamedTuple):
 
     ``leafwise`` declares that updating a tree is updating its leaves one by one (as
     Adam does, and a clip by global norm does not); ``donate`` then needs the memory of
-    a few leaves instead of a second set of moments.
+    a few leaves instead of a second set of moments. ``halves`` of a chain are the
+    chain up to its last part that is not, the leafwise rest, and the first's length.
 
     Laws:
       ``tx.init(shard(p)) == shard(tx.init(p))``. ``update`` keeps the structure,
@@ -67,6 +69,7 @@ class GradientTransformation(NamedTuple):
     init: InitFn
     update: UpdateFn
     leafwise: bool = False
+    halves: tuple[Any, ...] = ()
 
 
 def identity() -> GradientTransformation:
@@ -163,8 +166,13 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
             after.append(part_moments)
         return updates, tuple(after)
 
-    leafwise = all(part.leafwise for part in transformations)
-    return GradientTransformation(init, update, leafwise)
+    whole = [i for i, part in enumerate(transformations) if not part.leafwise]
+    cut = whole[-1] + 1 if whole else 0
+    halves: tuple[Any, ...] = ()
+    if 0 < cut < len(transformations):
+        first, rest = transformations[:cut], transformations[cut:]
+        halves = (chain(*first), chain(*rest), cut)
+    return GradientTransformation(init, update, not whole, halves)
 
 
 def _summary(moments: Any) -> str:
@@ -195,7 +203,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       too.
     """
     check_updates(params, updates)
-    return tree_map(lambda p, u: (widen(p) + u).to(p.dtype), params, updates)
+    return tree_map(added, params, updates)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 
-from zfunc.core.step import GradFn, Samples, TrainStep, Transform, named
-from zfunc.core.tree import PyTree, leaves_with_path, tree_map
+from zfunc.core.step import (
+    GradFn,
+    Samples,
+    TrainStep,
+    Transform,
+    named,
+    sample_counts,
+)
+from zfunc.core.tree import PyTree, tree_flatten, tree_map, tree_unflatten
 
 
 def accumulate(num_microbatches: int) -> Transform:
@@ -63,15 +70,28 @@ def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
     def summed(params: PyTree, batch: PyTree, samples: Samples) -> Any:
         batches = _split(batch, n)
         indices = samples.index.chunk(n) if len(samples.index) else [samples.index] * n
-        total: Any = None
+        totals: list[torch.Tensor] = []
+        spec: Any = None
         for microbatch, index in zip(batches, indices, strict=True):
-            tally, grads = grad_fn(params, microbatch, Samples(samples.key, index))
-            wide = (tally, tree_map(_widen, grads))
-            total = wide if total is None else tree_map(torch.add, total, wide)
-        tally, grads = total
-        return tally, grads
+            out = grad_fn(params, microbatch, Samples(samples.key, index))
+            leaves, spec = tree_flatten(out)
+            del out
+            _add_up(totals, leaves)
+        return tree_unflatten(spec, totals)
 
     return summed
+
+
+def _add_up(totals: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Add the leaves to the totals, letting go of each on the way."""
+    for i in range(len(leaves)):
+        wide = _widen(leaves[i])
+        leaves[i] = wide.new_empty(0)
+        if i == len(totals):
+            totals.append(wide)
+        else:
+            totals[i] = totals[i] + wide
+        del wide
 
 
 def _widen(x: torch.Tensor) -> torch.Tensor:
@@ -79,20 +99,7 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def _split(batch: PyTree, n: int) -> list[PyTree]:
-    sizes = {
-        path: leaf.shape[0]
-        for path, leaf in leaves_with_path(batch)
-        if isinstance(leaf, torch.Tensor) and leaf.dim()
-    }
-    sizes = {path: size for path, size in sizes.items() if size}
-    first = next(iter(sizes), "")
-    for path, size in sizes.items():
-        if size != sizes[first]:
-            raise ValueError(
-                f"accumulate({n}): batch[{path!r}] has {size} samples and "
-                f"batch[{first!r}] has {sizes[first]}: what has not one row per sample "
-                "is no part of the batch; close over it in the loss."
-            )
+    sizes = sample_counts(batch, f"accumulate({n})")
     for path, size in sizes.items():
         if size % n:
             raise ValueError(

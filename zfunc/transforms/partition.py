@@ -78,7 +78,8 @@ def partition(
       axis: the mesh axis that splits the batch.
       gather_dtype: what gathers send; default: the storage dtype, or at stage 3 the
         compute dtype of ``precision`` where it is narrower (the same values).
-      reduce_dtype: what gradient reductions send; default: the storage dtype. On gloo
+      reduce_dtype: what gradient reductions send; default: the gradient's own dtype
+        (the storage dtype; float32 where microbatches were added up before). On gloo
         sums add up in float32 at least; NCCL adds in the dtype that is sent.
       persistence_threshold: at stage 3, leaves of at most this many elements are
         gathered once per step. DeepSpeed's default is 100_000; ours gathers all at use.
@@ -242,8 +243,14 @@ class _Stage:
 
     def _checked_mesh(self, params: PyTree) -> Mesh:
         _check_placed(params, Sharded)
+        mesh: Mesh = tree_leaves(params, _is_leaf)[0].sharding.mesh
         for path, leaf in leaves_with_path(params, _is_leaf):
             leaf.sharding.mesh.axis_position(self.wire.axis)
+            if leaf.sharding.mesh != mesh:
+                raise PlacementError(
+                    f"params[{path!r}] lives on the mesh {leaf.sharding.mesh.shape}, "
+                    f"others on {mesh.shape}: a step runs on one mesh."
+                )
             others = set(leaf.sharding.axes) - {self.wire.axis}
             if others:
                 raise PlacementError(
@@ -256,7 +263,6 @@ class _Stage:
                     "keeps the state whole: make it with zf.shard(params, mesh, "
                     "spec=zf.P()), or use zero=1, 2 or 3."
                 )
-        mesh: Mesh = tree_leaves(params, _is_leaf)[0].sharding.mesh
         return mesh
 
 

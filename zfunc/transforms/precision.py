@@ -98,7 +98,8 @@ def precision(policy: Policy | str) -> Transform:
 
     Floating leaves of the parameters and of the batch are cast on entry (inside
     autodiff, so gradients have the storage dtype); gradients add up in float32 at
-    least. Replaces the slot ``loss``; commutes with the other transformations.
+    least. Keep counts and weights that must stay exact as integers: those are not
+    cast. Replaces the slot ``loss``; commutes with the other transformations.
 
     Args:
       policy: ``"bf16"``, ``"fp32"``, ``"compute=bf16,output=f32"`` or a ``Policy``.

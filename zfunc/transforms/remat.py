@@ -45,8 +45,9 @@ class _Guard(TorchFunctionMode):
             if isinstance(leaf, torch.Tensor) and self._captured(leaf):
                 raise RematError(
                     f"the block {_name(self.call.block)!r} given to remat uses a "
-                    f"tensor of shape {tuple(leaf.shape)} that is being differentiated but is "
-                    "not an argument: its gradient would be silently wrong. Pass it in:"
+                    f"tensor of shape {tuple(leaf.shape)} that is being differentiated "
+                    "but is not an argument: its gradient would be silently wrong. "
+                    "Pass it in:"
                     "\n  wrong: remat(lambda x: x @ w)(x)"
                     "\n  right: remat(lambda w, x: x @ w)(w, x)"
                 )
