@@ -207,7 +207,8 @@ def train_step(
         rank's slice along the data axis. ``key`` (or ``keys``, or a required third
         parameter) receives one key per sample (int64 [B]), the same whatever the mesh
         and the microbatches, where all ranks have equally many samples.
-        ``aux`` is a pytree of scalars or ``Mean``; it comes out, averaged, as ``state.metrics.aux``.
+        ``aux`` is a pytree of scalars or ``Mean``; it comes out, averaged, as
+        ``state.metrics.aux``.
       tx: a ``GradientTransformation``, from ``zfunc.optim``.
       *transforms: ``partition``, ``precision``, ``accumulate``, in any order.
 
