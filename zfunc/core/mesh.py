@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Mapping
@@ -149,9 +150,15 @@ def make_mesh(
     if not dist.is_initialized():
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=limit)
+        atexit.register(_leave_group)  # or gloo may abort while Python shuts down
     sizes = [n for _, n in checked]
     groups = tuple(_group_along(i, sizes, limit) for i in range(len(sizes)))
     return Mesh(checked, "process", device_type, dist.get_rank(), groups)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _group_along(position: int, sizes: list[int], limit: timedelta | None) -> str:

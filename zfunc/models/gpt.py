@@ -23,7 +23,7 @@ from zfunc.core.state import Mean
 from zfunc.core.tree import tree_leaves
 from zfunc.models.attention import causal_attention
 from zfunc.models.gpt_config import GPTConfig as GPTConfig
-from zfunc.models.layers import layer_norm, rms_norm, rope_tables, rotate, widen
+from zfunc.models.layers import embed, layer_norm, rms_norm, rope_tables, rotate, widen
 
 Params = dict[str, Any]
 Block = Callable[[Params, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -143,7 +143,7 @@ def apply(
     _check(params, tokens, config, keys)
     if config.dropout == 0.0:
         keys = None
-    x_BTD = _dropout(keys, 0, F.embedding(tokens, params["embedding"]), config)
+    x_BTD = _dropout(keys, 0, embed(tokens, params["embedding"]), config)
     cos_TK, sin_TK = rope_tables(
         tokens.shape[1], config.head_dim, config.rope_theta, x_BTD
     )

@@ -7,6 +7,7 @@ Shape suffixes: B batch, T time, D model, H heads, K head dim.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,6 +25,29 @@ def widen(dtype: torch.dtype) -> torch.dtype:
       (torch.float32, torch.float64)
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def embed(tokens: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of a table, with a gradient that adds up in fp32 or wider.
+
+    Args:
+      tokens: Row numbers, any shape.
+      table_VD: The table, ``[V, D]``.
+
+    Returns:
+      ``tokens.shape + [D]``, in the dtype of the table.
+
+    Examples:
+      >>> table = torch.ones(4, 1, dtype=torch.bfloat16)
+      >>> often = torch.zeros(1000, dtype=torch.int64)
+      >>> torch.func.grad(lambda t: embed(often, t).sum())(table)[0]
+      tensor([1000.], dtype=torch.bfloat16)
+
+    Differs from:
+      ``F.embedding`` adds up in bf16 on a CPU and stops at 256 there: 256 + 1 is 256.
+    """
+    wide = F.embedding(tokens, table_VD.to(widen(table_VD.dtype)))
+    return wide.to(table_VD.dtype)
 
 
 def rms_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
