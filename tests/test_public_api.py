@@ -106,9 +106,6 @@ FIELDS = {
     "optim.GradientTransformation": "init update leafwise halves",
 }
 
-# They need processes: tests/distributed runs them instead.
-NO_EXAMPLE = {"to_dtensor", "from_dtensor"}
-
 
 def get(path):
     found = zf
@@ -197,8 +194,7 @@ def test_every_name_has_a_docstring_with_an_example(path, thing):
     assert doc, f"{path} has no docstring"
     first = doc.splitlines()[0]
     assert first.endswith((".", ":")), f"{path}: {first}"
-    name = path.rsplit(".", 1)[1]
-    if name not in NO_EXAMPLE and path != "zfunc.core.collectives.apply":
+    if path != "zfunc.core.collectives.apply":
         assert ">>>" in doc, f"{path} has no example"
 
 

@@ -41,6 +41,13 @@ def to_dtensor(tree: PyTree) -> PyTree:
 
     Raises:
       PlacementError: a leaf on a mesh without processes.
+
+    Example:
+      >>> import zfunc as zf
+      >>> state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({"data": 1}))
+      >>> to_dtensor(state.params)
+      Traceback (most recent call last):
+      zfunc.core.errors.PlacementError: to_dtensor needs a mesh of processes, not a ...
     """
 
     def one(leaf: Any) -> Any:
@@ -75,6 +82,11 @@ def from_dtensor(tree: PyTree, mesh: Mesh) -> PyTree:
     Raises:
       PlacementError: a DTensor on other axes, or with a placement other than
         ``Shard(dim)`` and ``Replicate()``.
+
+    Example:
+      >>> from zfunc.core.mesh import make_mesh
+      >>> from_dtensor({"not a DTensor": torch.ones(2)}, make_mesh({"data": 1}))
+      {'not a DTensor': tensor([1., 1.])}
     """
 
     def one(path: str, leaf: Any) -> Any:
