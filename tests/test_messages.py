@@ -199,8 +199,14 @@ PLACEMENT = {
         lambda: zf.shard({"layers": [torch.arange(3)]}, alone()),
         TypeError,
         "params['layers/0'] is torch.int64 and cannot be differentiated: keep integer "
-        "and complex leaves out of params (pass buffers in the batch, or close over "
-        "them in the loss).",
+        "and complex leaves out of params: close over them in the loss.",
+    ),
+    "a module": Wrong(
+        lambda: zf.shard(torch.nn.Linear(2, 2), alone()),
+        TypeError,
+        "params has a module, Linear: give its tensors, "
+        "dict(module.named_parameters()), and call it in the loss through "
+        "torch.func.functional_call(module, params, args).",
     ),
     "a leaf that is no tensor": Wrong(
         lambda: zf.shard({"rate": 0.1}, alone()),
@@ -363,8 +369,8 @@ STEP = {
     ),
     "partition that is not called": Wrong(
         lambda: make(summed, zf.partition),
-        ValueError,
-        "partition: zero is the stage 0, 1, 2 or 3; got <TrainStep ...>",
+        TypeError,
+        "partition makes a transformation: write zf.partition(zero=3)",
     ),
     "accumulate that is not called": Wrong(
         lambda: make(summed, zf.accumulate),

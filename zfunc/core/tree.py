@@ -207,6 +207,12 @@ def check_floating(tree: PyTree, what: str) -> None:
     for path, leaf in leaves_with_path(tree):
         if not isinstance(leaf, torch.Tensor):
             kind = type(leaf).__name__
+            if isinstance(leaf, torch.nn.Module):
+                raise TypeError(
+                    f"{what} has a module, {kind}: give its tensors, "
+                    "dict(module.named_parameters()), and call it in the loss through "
+                    "torch.func.functional_call(module, params, args)."
+                )
             raise TypeError(
                 f"{what}[{path!r}] is a {kind}, not a tensor: wrap it with "
                 "torch.as_tensor(...), or close over it in the loss."
@@ -214,6 +220,6 @@ def check_floating(tree: PyTree, what: str) -> None:
         if not leaf.is_floating_point():
             raise TypeError(
                 f"{what}[{path!r}] is {leaf.dtype} and cannot be differentiated: "
-                "keep integer and complex leaves out of params (pass buffers in the "
-                "batch, or close over them in the loss)."
+                "keep integer and complex leaves out of params: close over them in the "
+                "loss."
             )

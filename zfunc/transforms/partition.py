@@ -287,6 +287,8 @@ def _refill(layout: PyTree, buffers: PyTree) -> PyTree:
 def _check_options(
     zero: Any, axis: Any, gather: Any, reduce: Any, threshold: Any
 ) -> None:
+    if isinstance(zero, TrainStep):
+        raise TypeError("partition makes a transformation: write zf.partition(zero=3)")
     if type(zero) is not int or zero not in (0, 1, 2, 3):
         raise ValueError(f"partition: zero is the stage 0, 1, 2 or 3; got {zero!r}")
     if not isinstance(axis, str) or not axis.isidentifier():
