@@ -13,6 +13,7 @@ from rich.table import Table
 
 import zfunc as zf
 from zfunc.cli.metrics import Row
+from zfunc.core.sharding import is_sharded
 
 LAST_STEPS = 20
 
@@ -69,14 +70,10 @@ def measured_bytes(tree: Any) -> Bytes:
       >>> measured_bytes(state.params)
       Bytes(per_rank=12, unsharded=12)
     """
-
-    def is_placed(node: Any) -> bool:
-        return isinstance(node, zf.Sharded)
-
     per_rank = unsharded = 0
-    for leaf in zf.tree_leaves(tree, is_placed):
-        buffer = leaf.buffer if is_placed(leaf) else leaf
-        shape = leaf.global_shape if is_placed(leaf) else buffer.shape
+    for leaf in zf.tree_leaves(tree, is_sharded):
+        buffer = leaf.buffer if is_sharded(leaf) else leaf
+        shape = leaf.global_shape if is_sharded(leaf) else buffer.shape
         per_rank += buffer.numel() * buffer.element_size()
         unsharded += math.prod(shape) * buffer.element_size()
     return Bytes(per_rank=per_rank, unsharded=unsharded)

@@ -314,7 +314,7 @@ def reshard(tree: PyTree, shardings: PyTree) -> PyTree:
       P()
     """
     targets = broadcast_prefix(
-        tree_map(lambda s: s, shardings),
+        shardings,
         tree_map(lambda x: 0, tree, is_leaf=is_sharded),
     )
     paths = [path for path, _ in leaves_with_path(tree, is_sharded)]

@@ -68,10 +68,25 @@ def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, 
     return tree_unflatten(outline, leaves), finish(new_trees)
 
 
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in float64 if it is that; the dtype of arithmetic.
+
+    Args:
+      x: A floating tensor.
+
+    Returns:
+      ``x`` itself where it is wide enough.
+
+    Examples:
+      >>> widen(torch.ones(1, dtype=torch.bfloat16))
+      tensor([1.])
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def added(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """``p + u`` in float32 at least, rounded once."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    return (p.to(wide) + u).to(p.dtype)
+    return (widen(p) + u).to(p.dtype)
 
 
 def _groups(leaves: list[Any]) -> list[list[int]]:

@@ -24,6 +24,7 @@ from zfunc.core.tree import (
     tree_map,
 )
 from zfunc.core.update import added
+from zfunc.core.update import widen as widen
 
 InitFn = Callable[[PyTree], PyTree]
 UpdateFn = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -204,22 +205,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """
     check_updates(params, updates)
     return tree_map(added, params, updates)
-
-
-def widen(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is that; the dtype of arithmetic.
-
-    Args:
-      x: A floating tensor.
-
-    Returns:
-      ``x`` itself where it is wide enough.
-
-    Examples:
-      >>> widen(torch.ones(1, dtype=torch.bfloat16))
-      tensor([1.])
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def zeros_wide(params: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ from zfunc.core.step import (
     sample_counts,
 )
 from zfunc.core.tree import PyTree, tree_flatten, tree_map, tree_unflatten
+from zfunc.core.update import widen
 
 
 def accumulate(num_microbatches: int) -> Transform:
@@ -85,17 +86,13 @@ def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
 def _add_up(totals: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
     """Add the leaves to the totals, letting go of each on the way."""
     for i in range(len(leaves)):
-        wide = _widen(leaves[i])
+        wide = widen(leaves[i])
         leaves[i] = wide.new_empty(0)
         if i == len(totals):
             totals.append(wide)
         else:
             totals[i] = totals[i] + wide
         del wide
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _split(batch: PyTree, n: int) -> list[PyTree]:
