@@ -29,6 +29,7 @@ from .core.errors import MeshError as MeshError
 from .core.errors import PlacementError as PlacementError
 from .core.errors import RematError as RematError
 from .core.errors import StructureError as StructureError
+from .core.errors import TraceError as TraceError
 from .core.errors import ZfuncError as ZfuncError
 from .core.mesh import AbstractMesh as AbstractMesh
 from .core.mesh import Mesh as Mesh
@@ -48,6 +49,8 @@ from .core.step import Transform as Transform
 from .core.step import train_step as train_step
 from .core.tree import tree_leaves as tree_leaves
 from .core.tree import tree_map as tree_map
+from .program.jit import jit as jit
+from .program.program import Program as Program
 from .transforms import Policy as Policy
 from .transforms import accumulate as accumulate
 from .transforms import partition as partition

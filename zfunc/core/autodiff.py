@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.fx.traceback import annotate
 
 from zfunc.core.errors import LossError
 from zfunc.core.tree import (
@@ -80,9 +81,11 @@ def value_and_grad(
         vjp: Any = torch.func.vjp  # annotated without its has_aux form
         # Nor do modules in the closure, which plain autograd tracks, record anything.
         with torch.set_grad_enabled(nested and torch.is_grad_enabled()):
-            value, pull, aux = vjp(flat, *leaves, has_aux=True)
+            with annotate({"phase": "forward"}):  # for the passes over a traced step
+                value, pull, aux = vjp(flat, *leaves, has_aux=True)
             one = torch.ones_like(value)
-            grads = pull(one, retain_graph=nested, create_graph=nested)
+            with annotate({"phase": "backward"}):
+                grads = pull(one, retain_graph=nested, create_graph=nested)
         tree = tree_unflatten(spec, grads)
         structure, aux_leaves, where = aux_spec[0]
         for i, x in zip(where, aux, strict=True):

@@ -84,6 +84,16 @@ class DonatedBufferError(ZfuncError, RuntimeError):
     """
 
 
+class TraceError(ZfuncError, RuntimeError):
+    """A step that cannot be traced: Python that depends on the values of tensors.
+
+    Example:
+      >>> raise TraceError("train.py:12 branches on a tensor")
+      Traceback (most recent call last):
+      zfunc.core.errors.TraceError: train.py:12 branches on a tensor
+    """
+
+
 class CheckpointError(ZfuncError, ValueError):
     """A checkpoint that is damaged, incomplete, or of another model.
 

@@ -17,6 +17,7 @@ from zfunc.core.step import (
 )
 from zfunc.core.tree import PyTree, tree_flatten, tree_map, tree_unflatten
 from zfunc.core.update import widen
+from zfunc.transforms import loop
 
 
 def accumulate(num_microbatches: int) -> Transform:
@@ -71,6 +72,8 @@ def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
     def summed(params: PyTree, batch: PyTree, samples: Samples) -> Any:
         batches = _split(batch, n)
         indices = samples.index.chunk(n) if len(samples.index) else [samples.index] * n
+        if loop.is_tracing():
+            return _traced(grad_fn, n, params, batch, samples)
         totals: list[torch.Tensor] = []
         spec: Any = None
         for microbatch, index in zip(batches, indices, strict=True):
@@ -81,6 +84,38 @@ def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
         return tree_unflatten(spec, totals)
 
     return summed
+
+
+def _traced(
+    grad_fn: GradFn, n: int, params: PyTree, batch: PyTree, samples: Samples
+) -> Any:
+    """The same sum as one node of the traced program."""
+    leaves, spec = tree_flatten((batch, samples.index))
+    sliced = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, torch.Tensor) and x.dim() and x.shape[0]
+    ]
+    rest = [i for i, x in enumerate(leaves) if i not in sliced]
+    tensors = [i for i in rest if isinstance(leaves[i], torch.Tensor)]
+    weights, params_spec = tree_flatten((params, samples.key))
+    out_spec: list[Any] = []
+
+    def one(operands: list[torch.Tensor]) -> list[torch.Tensor]:
+        values = list(leaves)
+        for i, x in zip(sliced + tensors, operands, strict=False):
+            values[i] = x
+        piece, index = tree_unflatten(spec, values)
+        params, key = tree_unflatten(
+            params_spec, operands[len(sliced) + len(tensors) :]
+        )
+        outs, structure = tree_flatten(grad_fn(params, piece, Samples(key, index)))
+        out_spec.append(structure)
+        return [widen(x) for x in outs]
+
+    whole = [leaves[i] for i in tensors] + weights
+    totals = loop.traced_sum(one, n, [leaves[i] for i in sliced], whole)
+    return tree_unflatten(out_spec[-1], totals)
 
 
 def _add_up(totals: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``jit``: a training step traced once, transformed by passes, and replayed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from zfunc.core.donation import _check_placed
+from zfunc.core.sharding import is_sharded
+from zfunc.core.state import Metrics, TrainState, check_usable
+from zfunc.core.step import TrainStep
+from zfunc.core.tree import (
+    PyTree,
+    leaves_with_path,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
+from zfunc.program import backends
+from zfunc.program.passes import DEFAULT
+from zfunc.program.program import Pass, Program
+from zfunc.program.trace import as_kind, trace
+
+logger = logging.getLogger("zfunc.jit")
+
+Backend = Literal["aten", "inductor", "cudagraph"]
+
+
+class _Signature(NamedTuple):
+    """What a program was traced for: anything else is another program."""
+
+    spec: Any
+    leaves: tuple[Any, ...]
+
+
+class _Executable(NamedTuple):
+    """A compiled program, and how its outputs become a state."""
+
+    run: Callable[[list[Any]], list[Any]]
+    out_spec: Any
+    in_place: bool
+
+
+class Jitted:
+    """The step that ``jit`` returns; see there."""
+
+    __slots__ = ("_backend", "_cache", "_donate", "_passes", "_step")
+
+    def __init__(
+        self, step: TrainStep, donate: bool, backend: Any, passes: tuple[Pass, ...]
+    ) -> None:
+        self._step, self._donate = step, donate
+        self._backend, self._passes = backend, passes
+        self._cache: dict[_Signature, _Executable] = {}
+
+    def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
+        """One step."""
+        state = _traceable(self._step, check_usable(state))
+        if self._donate:
+            _check_placed(state)
+        leaves, spec = tree_flatten((state, batch))
+        signature = _Signature(spec, tuple(map(_described, leaves)))
+        executable = self._cache.get(signature)
+        if executable is None:
+            self._say_why(signature, state, batch)
+            executable = self._compiled(state, batch)
+            self._cache[signature] = executable
+        args = [x for x in leaves if isinstance(x, torch.Tensor)]
+        del leaves
+        return tree_unflatten(executable.out_spec, executable.run(args))  # type: ignore[no-any-return]
+
+    def lower(self, state: TrainState, batch: PyTree) -> Program:
+        """The program for these shapes after the passes; nothing is run or sent.
+
+        State and batch may be abstract, and on an ``AbstractMesh``.
+        """
+        program = lowered(
+            self._step, _traceable(self._step, check_usable(state)), batch
+        )
+        for change in self._passes:
+            program = change(program)
+        return program
+
+    def __repr__(self) -> str:
+        return f"<jit {self._step!r}>"
+
+    def _compiled(self, state: TrainState, batch: PyTree) -> _Executable:
+        program = self.lower(state, batch)
+        compile_graph = backends.choose(self._backend, program.device_type)
+        return _Executable(program.run_by(compile_graph), program.out_spec, False)
+
+    def _say_why(self, new: _Signature, state: TrainState, batch: PyTree) -> None:
+        if self._cache:
+            last = next(reversed(self._cache))
+            logger.warning(
+                "zf.jit traces again: %s", _difference(last, new, state, batch)
+            )
+
+
+def _traceable(step: TrainStep, state: TrainState) -> TrainState:
+    """The state without what a step does not read, and with moments."""
+    loss = state.metrics.loss
+    return state.replace(
+        grads=None,
+        moments=step.moments_of(state),
+        metrics=Metrics(loss, state.metrics.grad_norm, {}),
+    )
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
+    return leaf
+
+
+def _difference(
+    old: _Signature, new: _Signature, state: TrainState, batch: PyTree
+) -> str:
+    """What of a signature is new, in one line."""
+    if old.spec != new.spec:
+        return "the structure or the placement of the state or of the batch is new"
+    paths = [path for path, _ in leaves_with_path({"state": state, "batch": batch})]
+    paths = [path for path, _ in leaves_with_path(state)]
+    paths += [f"batch/{path}".rstrip("/") for path, _ in leaves_with_path(batch)]
+    words = ("shape", "dtype", "strides", "device")
+    for path, before, now in zip(paths, old.leaves, new.leaves, strict=True):
+        if before == now:
+            continue
+        if not (isinstance(before, tuple) and isinstance(now, tuple)):
+            return f"{path} is {now!r}, it was {before!r}"
+        for word, a, b in zip(words, before, now, strict=True):
+            if a != b:
+                a, b = (tuple(x) if word == "shape" else x for x in (a, b))
+                return f"{path} has {word} {b}, it had {a}"
+    return "nothing differs"
+
+
+def lowered(step: TrainStep, state: TrainState, batch: PyTree) -> Program:
+    """The step traced on the shapes of a state and a batch, before any pass."""
+    state, paths = as_kind(state, "abstract"), _paths(state, batch)
+    leaves = tree_flatten((state, batch))[0]
+    traced = trace(step, (state, batch))
+    tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    meshes = {
+        leaf.sharding.mesh
+        for leaf in tree_leaves(state.params, is_sharded)
+        if is_sharded(leaf)
+    }
+    groups = [
+        (mesh.group(axis), axis, n) for mesh in meshes for axis, n in mesh.axes if n > 1
+    ]
+    names = [f"constant/{i}" for i in range(len(traced.constants))]
+    return Program(
+        traced.graph,
+        tuple([paths[i] for i in tensors] + names),
+        tuple(path.removesuffix("/buffer") for path in traced.out_paths),
+        tuple(traced.constants),
+        tuple(groups),
+        leaves[tensors[0]].device.type,
+        out_spec=traced.out_spec,
+    )
+
+
+def _paths(state: TrainState, batch: PyTree) -> list[str]:
+    paths = [path.removesuffix("/buffer") for path, _ in leaves_with_path(state)]
+    return paths + [f"batch/{p}".rstrip("/") for p, _ in leaves_with_path(batch)]
+
+
+def jit(
+    step: TrainStep,
+    *,
+    donate: bool = True,
+    backend: Backend | None = None,
+    passes: Sequence[Pass] = DEFAULT,
+) -> Jitted:
+    """The step as a program: traced once per shapes, transformed, replayed."""
+    if not isinstance(step, TrainStep):
+        raise TypeError(f"jit takes a TrainStep, got a {type(step).__name__}")
+    return Jitted(step, donate, backend, tuple(passes))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracing: a step and the shapes of its arguments to one flat graph.
+
+``torch.compile`` over a function that contains ``torch.func.vjp`` drops custom
+backwards without a word (torch 2.13); ``make_fx`` runs the step, backward and all, on
+fake tensors and records what reaches the dispatcher, so what it records is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from zfunc.core.errors import TraceError
+from zfunc.core.sharding import Sharded, is_sharded
+from zfunc.core.tree import (
+    PyTree,
+    leaves_with_path,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from zfunc.program.ir import remove_dead
+from zfunc.program.mask_checks import told_of_tracing
+from zfunc.transforms.loop import lift_constants
+
+
+class Traced(NamedTuple):
+    """A graph, the tensors its last inputs stand for, and the structure it returns."""
+
+    graph: torch.fx.Graph
+    constants: list[torch.Tensor]
+    out_spec: Any
+    out_paths: list[str]
+
+
+def trace(fn: Callable[..., PyTree], args: PyTree) -> Traced:
+    """The graph of ``fn(*args)``; ``args`` are fake, or are described by fakes here.
+
+    Python runs once, as in JAX: branches on shapes are taken, branches on the values
+    of tensors are a ``TraceError`` that names the line.
+    """
+    leaves, spec = tree_flatten(args)
+    mode = fake_mode_of(leaves)
+    where = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    fakes = [mode.from_tensor(leaves[i]) for i in where]
+    results: list[Any] = []
+
+    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        values = list(leaves)
+        for i, x in zip(where, tensors, strict=True):
+            values[i] = x
+        out = as_kind(fn(*tree_unflatten(spec, values)), "process")
+        outputs, out_spec = tree_flatten(out)
+        results.append((out_spec, [path for path, _ in leaves_with_path(out)]))
+        return outputs
+
+    try:
+        with mode, torch.no_grad(), preserve_node_meta(), told_of_tracing():
+            module = make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
+    except (DataDependentOutputException, RuntimeError) as error:
+        raise _explained(error) from error
+    constants = lift_constants(module)
+    remove_dead(module.graph)
+    return Traced(module.graph, constants, *results[-1])
+
+
+def fake_mode_of(leaves: list[Any]) -> FakeTensorMode:
+    """The mode of the fake tensors among the leaves, or a new one."""
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    found = torch._guards.detect_fake_mode(tensors)
+    return found or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def as_kind(tree: PyTree, kind: str) -> PyTree:
+    """The tree with its meshes of several processes as of another kind.
+
+    While it is traced a mesh is "abstract": collectives keep the plain form that passes
+    work on; its groups' names stay, so the program talks to the job's ranks.
+    """
+
+    def one(node: Any) -> Any:
+        if not is_sharded(node) or not node.sharding.mesh.groups:
+            return node
+        mesh = dataclasses.replace(node.sharding.mesh, kind=kind)
+        sharding = dataclasses.replace(node.sharding, mesh=mesh)
+        return Sharded(node.buffer, sharding, node.global_shape)
+
+    return tree_map(one, tree, is_leaf=is_sharded)
+
+
+_VALUE_ERRORS = (
+    "data-dependent",
+    "get value out of a tracing tensor",
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.equal",
+)
+
+
+def _explained(error: Exception) -> Exception:
+    """A ``TraceError`` where the step looked at values; else the error itself."""
+    text = str(error)
+    dynamic = (
+        isinstance(error, DataDependentOutputException)
+        or "Dynamic" in type(error).__name__
+    )
+    if not dynamic and not any(mark in text for mark in _VALUE_ERRORS):
+        return error
+    frame = _users_frame(error)
+    place = f"{frame.filename}:{frame.lineno}" if frame else "the step"
+    line = f"\n    {frame.line}" if frame and frame.line else ""
+    return TraceError(
+        f"{place} needs the value of a tensor while the step is traced, when tensors "
+        f"have shapes only:{line}\n"
+        "Choose with torch.where(condition, a, b) instead of `if`, keep numbers as "
+        "0-d tensors instead of .item() or float(), select with a mask instead of "
+        "x[mask], or move the decision out of the loss: into the batch, or a Python "
+        "value that the loss closes over. (Without zf.jit the step runs as it is.)"
+    )
+
+
+def _users_frame(error: Exception) -> traceback.FrameSummary | None:
+    """The innermost line that is neither torch's nor ours, or else a library's."""
+    ours = Path(__file__).resolve().parents[1]
+    inner = Path(torch.__file__).resolve().parent
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [
+        f
+        for f in frames
+        if not Path(f.filename).is_relative_to(inner)
+        and not (
+            Path(f.filename).is_relative_to(ours)
+            and not Path(f.filename).is_relative_to(ours / "models")
+        )
+        and not f.filename.startswith("<")
+    ]
+    own = [f for f in outside if "site-packages" not in f.filename]
+    return (own or outside or [None])[-1]  # type: ignore[list-item]
