@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meshes: ranks arranged along named axes, in one of four kinds.
+"""Meshes: ranks arranged along named axes, in one of five kinds.
 
 ``local`` is this process alone; ``process`` spans a torch.distributed job;
 ``simulated`` is one level of ``torch.vmap`` (all ranks in this process);
-``abstract`` has sizes only. Collectives interpret the kind; nothing else looks at it.
+``abstract`` has sizes only; ``traced`` is one of these while ``jit`` records what its
+collectives send, each tensor by itself. Collectives interpret the kind; nothing else
+looks at it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch.distributed as dist
 
 from zfunc.core.errors import MeshError
 
-Kind = Literal["local", "process", "simulated", "abstract"]
+Kind = Literal["local", "process", "simulated", "abstract", "traced"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Mesh:
         if self.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.device_type)
+
+    @property
+    def native_reductions(self) -> bool:
+        """Whether sums are the backend's own, or sent and added up in rank order."""
+        return self.kind in ("abstract", "traced") or self.device_type == "cuda"
 
     def axis_position(self, axis: str) -> int:
         """Index of ``axis`` among the axes; an unknown name is a ``MeshError``."""

@@ -96,7 +96,7 @@ class PSumScatter(Op):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         ops, group = torch.ops._c10d_functional, self.mesh.group(self.axis)
-        if self.mesh.kind == "abstract" or self.mesh.device_type == "cuda":
+        if self.mesh.native_reductions:
             return _wait(ops.reduce_scatter_tensor(x, "sum", self.n, group))
         splits = [x.shape[0] // self.n] * self.n
         received = _wait(ops.all_to_all_single(x, splits, splits, group))
@@ -123,7 +123,7 @@ class PSum(Op):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         ops, group = torch.ops._c10d_functional, self.mesh.group(self.axis)
-        if self.mesh.kind == "abstract" or self.mesh.device_type == "cuda":
+        if self.mesh.native_reductions:
             return _wait(ops.all_reduce(x, "sum", group))
         gather = AllGather(self.mesh, self.axis)
         if x.numel() <= SMALL_REDUCTION_ELEMENTS:  # one latency instead of two
@@ -251,11 +251,11 @@ def run(op: Any, xs: Tensors) -> Tensors:
         ys = [x.view_as(x) for x in sent]
     elif op.n == 1:
         ys = [x.clone() if op.pairs else torch.zeros_like(x) for x in sent]
-    elif op.mesh.kind == "abstract":  # the form that passes work on: no buckets yet
+    elif op.mesh.kind == "traced":  # the form that passes work on: no buckets yet
         check_fake(op.mesh, sent)
         ys = [op.run_bucket([x])[0] for x in sent]
     else:
-        _check_runnable(op)
+        _check_runnable(op, sent)
         ys = _by_bucket(op.run_bucket, sent)
     return _cast(op, ys)
 
@@ -306,12 +306,14 @@ def _split(indices: list[int], sizes_bytes: list[int]) -> list[list[int]]:
     return buckets
 
 
-def _check_runnable(op: Op) -> None:
+def _check_runnable(op: Op, xs: Tensors) -> None:
     if op.mesh.kind == "simulated":
         raise MeshError(
             "a collective on a simulated mesh was called outside of the simulation: "
             "call it inside the function given to zfunc.testing.simulate."
         )
+    if op.mesh.kind == "abstract":
+        check_fake(op.mesh, xs)
 
 
 def check_fake(mesh: Mesh, xs: Tensors) -> None:

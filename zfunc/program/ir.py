@@ -63,7 +63,7 @@ def group_of(node: Node) -> str:
 
 
 def phase(node: Node) -> str:
-    """ "forward" or "backward" of the loss; "" outside of both."""
+    """What of the loss a node is of: "forward", "backward", or "" (neither)."""
     return str(node.meta.get("custom", {}).get("phase", ""))
 
 

@@ -23,7 +23,7 @@ from zfunc.core.tree import (
 from zfunc.program import backends
 from zfunc.program.passes import DEFAULT
 from zfunc.program.program import Pass, Program
-from zfunc.program.trace import as_kind, trace
+from zfunc.program.trace import trace, with_kind
 
 logger = logging.getLogger("zfunc.jit")
 
@@ -141,15 +141,16 @@ def _difference(
 
 def lowered(step: TrainStep, state: TrainState, batch: PyTree) -> Program:
     """The step traced on the shapes of a state and a batch, before any pass."""
-    state, paths = as_kind(state, "abstract"), _paths(state, batch)
-    leaves = tree_flatten((state, batch))[0]
-    traced = trace(step, (state, batch))
-    tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
     meshes = {
         leaf.sharding.mesh
         for leaf in tree_leaves(state.params, is_sharded)
         if is_sharded(leaf)
     }
+    kind = next((mesh.kind for mesh in meshes), "local")
+    state, paths = with_kind(state, "traced"), _paths(state, batch)
+    leaves = tree_flatten((state, batch))[0]
+    traced = trace(step, (state, batch), kind)
+    tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
     groups = [
         (mesh.group(axis), axis, n) for mesh in meshes for axis, n in mesh.axes if n > 1
     ]

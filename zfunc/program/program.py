@@ -24,8 +24,8 @@ class Program:
     ``inputs`` and ``outputs`` are the paths of the graph's inputs and outputs
     (``params/layers/0/w``, ``batch/ids``); the last inputs are ``constants``: tensors
     that the loss closes over. ``donated`` are the paths of the inputs whose memory the
-    program may write over. ``groups`` are the mesh axes that it sends along: the process
-    group's name, the axis, its size.
+    program may write over. ``groups`` are the mesh axes that it sends along: the
+    process group's name, the axis, its size.
     """
 
     graph: Graph

@@ -43,8 +43,10 @@ class Traced(NamedTuple):
     out_paths: list[str]
 
 
-def trace(fn: Callable[..., PyTree], args: PyTree) -> Traced:
+def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
     """The graph of ``fn(*args)``; ``args`` are fake, or are described by fakes here.
+
+    ``kind`` is that of the meshes in what the program returns.
 
     Python runs once, as in JAX: branches on shapes are taken, branches on the values
     of tensors are a ``TraceError`` that names the line.
@@ -59,7 +61,7 @@ def trace(fn: Callable[..., PyTree], args: PyTree) -> Traced:
         values = list(leaves)
         for i, x in zip(where, tensors, strict=True):
             values[i] = x
-        out = as_kind(fn(*tree_unflatten(spec, values)), "process")
+        out = with_kind(fn(*tree_unflatten(spec, values)), kind)
         outputs, out_spec = tree_flatten(out)
         results.append((out_spec, [path for path, _ in leaves_with_path(out)]))
         return outputs
@@ -81,15 +83,15 @@ def fake_mode_of(leaves: list[Any]) -> FakeTensorMode:
     return found or FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def as_kind(tree: PyTree, kind: str) -> PyTree:
-    """The tree with its meshes of several processes as of another kind.
+def with_kind(tree: PyTree, kind: str) -> PyTree:
+    """The tree with its meshes of other ranks as of another kind.
 
-    While it is traced a mesh is "abstract": collectives keep the plain form that passes
-    work on; its groups' names stay, so the program talks to the job's ranks.
+    While it is traced a mesh is "traced"; its groups' names stay, so the program talks
+    to the ranks of the job that it was traced in.
     """
 
     def one(node: Any) -> Any:
-        if not is_sharded(node) or not node.sharding.mesh.groups:
+        if not is_sharded(node) or node.sharding.mesh.kind in ("local", "simulated"):
             return node
         mesh = dataclasses.replace(node.sharding.mesh, kind=kind)
         sharding = dataclasses.replace(node.sharding, mesh=mesh)
