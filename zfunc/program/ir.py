@@ -96,9 +96,8 @@ def emit(
 def evaluate(node: Node) -> Any:
     """The fake value of a node from the fake values of its inputs."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = torch._guards.detect_fake_mode(
-        [x for x in tree_leaves((args, kwargs)) if _is_tensor(x)]
-    )
+    known = [x for n in node.all_input_nodes for x in tensors_of(n)]
+    mode = torch._guards.detect_fake_mode(known)
     if mode is None:
         raise AssertionError(f"no fake tensor among the inputs of {node.format_node()}")
     with mode, torch.no_grad(), proxy_tensor.disable_proxy_modes_tracing():
