@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zfunc.cli.bench import bench_app
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 
 
 def _option(name: str, panel: str) -> Any:

@@ -16,7 +16,7 @@ from zfunc.models.gpt_config import GPTConfig
 # differ from those of the run that is resumed. (Another number of ranks or microbatches
 # adds up in another order: the same to rounding.)
 MAY_CHANGE: Final[frozenset[str]] = frozenset(
-    {"nproc", "zero", "microbatches", "remat", "save_every"}
+    {"nproc", "zero", "microbatches", "remat", "backend", "save_every"}
     | {"sample_tokens", "temperature", "verify_steps"}
 )
 _MAX_WARMUP_STEPS = 100
@@ -88,6 +88,11 @@ class TrainConfig(BaseModel):
     remat: bool = Field(
         default=True,
         description="Recompute each block in the backward, to save memory.",
+    )
+    backend: Literal["eager", "aten", "inductor", "cudagraph"] | None = Field(
+        default=None,
+        description="How a step runs: eager, or traced once and run by aten, inductor "
+        "or cudagraph. [default: aten on the CPU, inductor on a GPU]",
     )
     sample_tokens: int = Field(
         default=200, ge=0, description="Bytes of text to generate at the end."

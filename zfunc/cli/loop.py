@@ -20,7 +20,7 @@ from zfunc.cli.config import TrainConfig
 from zfunc.cli.errors import UsageError
 from zfunc.cli.metrics import Row
 from zfunc.cli.observer import Observer
-from zfunc.cli.program import schedule_of, sharded_step
+from zfunc.cli.program import compiled_step, schedule_of
 from zfunc.cli.verify import on_device
 from zfunc.data import Cursor, Loader
 
@@ -82,7 +82,7 @@ def train(
       UsageError: The loss is not a number.
     """
     config, mesh = training.config, training.mesh
-    step_fn = zf.donate(sharded_step(config))
+    step_fn = compiled_step(config)
     clock = _Clock(training, observer)
     here, saved, signal = start, start.step, 0
     pending: _Pending | None = None

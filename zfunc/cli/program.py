@@ -58,6 +58,16 @@ def sharded_step(config: TrainConfig) -> zf.TrainStep:
     )
 
 
+def compiled_step(
+    config: TrainConfig,
+) -> Callable[[zf.TrainState, Any], zf.TrainState]:
+    """The step as the run's backend runs it; it consumes the state it is given."""
+    step = sharded_step(config)
+    if config.backend == "eager":
+        return zf.donate(step)
+    return zf.jit(step, backend=config.backend)
+
+
 def first_state(config: TrainConfig, mesh: zf.Mesh) -> zf.TrainState:
     """The state before the first step, on a mesh; ``{}`` is unsharded."""
     sharded = mesh.axes and config.zero > 0

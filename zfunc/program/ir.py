@@ -86,7 +86,7 @@ def emit(
 
     ``like`` gives the new node its phase.
     """
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
+    node = graph.call_function(target, args)
     node.meta["val"] = evaluate(node)
     if like is not None and "custom" in like.meta:
         node.meta["custom"] = like.meta["custom"]
@@ -115,7 +115,8 @@ def copy_node(graph: Graph, node: Node, replaced: dict[Node, Node]) -> Node:
 def copied(graph: Graph) -> Graph:
     """A graph that can be changed without changing this one; fake values are shared."""
     made = Graph()
-    output = made.graph_copy(graph, val_map := {})
+    val_map: dict[Node, Node] = {}
+    output = made.graph_copy(graph, val_map)
     made.output(output)
     for old, new in val_map.items():
         new.meta = dict(old.meta)

@@ -60,7 +60,7 @@ def _innermost(tensor: Any) -> Any:
     return tensor
 
 
-def _constant(tensor: torch.Tensor) -> torch.Tensor | None:
+def _constant(tensor: torch.Tensor) -> Any:
     """The tensor's value where the trace computes it from no input, else None."""
     tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
     inner = _innermost(tensor)

@@ -69,9 +69,8 @@ def traced_sum(
     fn: Callable[[Tensors], Tensors], n: int, sliced: Tensors, whole: Tensors
 ) -> Tensors:
     """Add a ``SumOver`` node for ``fn(pieces of sliced + whole)`` to the graph."""
-    mode = proxy_tensor.get_proxy_mode()
+    mode: Any = proxy_tensor.get_proxy_mode()
     tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
-    assert mode is not None
     assert tracer is not None
     with proxy_tensor.disable_proxy_modes_tracing():
         pieces = [x.narrow(0, 0, x.shape[0] // n) for x in sliced]
