@@ -18,12 +18,12 @@ from zfunc.core import collectives
 NAMES = {
     "zfunc": """
         AbstractMesh CheckpointError DonatedBufferError LossError Mean Mesh MeshError
-        Metrics NamedSharding P PlacementError Policy RematError Sharded StructureError
-        TrainState TrainStep Transform ZfuncError abstract accumulate all_gather
-        all_to_all axis_index axis_size checkpoint core data donate eval_shape
-        from_dtensor global_norm make_mesh models optim partition pmean ppermute
-        precision psum psum_scatter random remat reshard shard testing to_dtensor
-        train_step tree_leaves tree_map unshard value_and_grad
+        Metrics NamedSharding P PlacementError Policy Program RematError Sharded
+        StructureError TraceError TrainState TrainStep Transform ZfuncError abstract
+        accumulate all_gather all_to_all axis_index axis_size checkpoint core data donate
+        eval_shape from_dtensor global_norm jit make_mesh models optim partition pmean
+        ppermute precision psum psum_scatter random remat reshard shard testing
+        to_dtensor train_step tree_leaves tree_map unshard value_and_grad
         """,
     "zfunc.optim": """
         GradientTransformation Mask ScaleByAdamMoments ScaleByLearningRateMoments
@@ -33,8 +33,9 @@ NAMES = {
         warmup_linear
         """,
     "zfunc.testing": """
-        EquivalenceError Recipe Simulation assert_equivalent differences random_batch
-        random_tree simulate split_batch spmd tree_loss
+        EquivalenceError Lockstep LockstepError Recipe Simulation assert_equivalent
+        differences lockstep random_batch random_tree run_lockstep simulate split_batch
+        spmd tree_loss
         """,
     "zfunc.transforms": "Policy accumulate partition precision remat",
 }
@@ -88,6 +89,8 @@ SIGNATURES = {
     "random.uniform": "(key, shape)",
     "random.dropout": "(key, x, rate)",
     "testing.simulate": "(step, mesh_shape)",
+    "testing.lockstep": "(step, mesh_shape, passes=())",
+    "testing.run_lockstep": "(programs, args)",
     "testing.spmd": "(fn, mesh_shape)",
     "testing.split_batch": "(batch, mesh_shape, axis='data')",
     "optim.adam": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0)",

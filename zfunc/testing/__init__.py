@@ -11,6 +11,10 @@ from typing import Any
 from .equivalence import EquivalenceError as EquivalenceError
 from .equivalence import assert_equivalent as assert_equivalent
 from .equivalence import differences as differences
+from .lockstep import Lockstep as Lockstep
+from .lockstep import lockstep as lockstep
+from .messages import LockstepError as LockstepError
+from .messages import run_lockstep as run_lockstep
 from .recipe import Recipe as Recipe
 from .simulate import Simulation as Simulation
 from .simulate import simulate as simulate
