@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental import proxy_tensor
 
-from zfunc.core.tree import tree_leaves, tree_map
+from zfunc.core.tree import tree_leaves
 from zfunc.transforms.loop import SumOver
 
 aten: Final = torch.ops.aten
@@ -113,14 +113,26 @@ def copy_node(graph: Graph, node: Node, replaced: dict[Node, Node]) -> Node:
 
 
 def copied(graph: Graph) -> Graph:
-    """A graph that can be changed without changing this one; fake values are shared."""
+    """A graph, with its loops' bodies, that can be changed without changing this one.
+
+    Fake values are shared.
+    """
     made = Graph()
     val_map: dict[Node, Node] = {}
     output = made.graph_copy(graph, val_map)
     made.output(output)
     for old, new in val_map.items():
         new.meta = dict(old.meta)
+    for node, loop in bodies(made):
+        node.target = SumOver(copied(loop.body), loop.n, loop.num_sliced)
     return made
+
+
+def with_bodies(graph: Graph) -> Iterator[Graph]:
+    """The bodies of all loops in a graph, inner ones first, and the graph itself."""
+    for _, loop in bodies(graph):
+        yield from with_bodies(loop.body)
+    yield graph
 
 
 def inputs_of(graph: Graph) -> list[Node]:
@@ -143,16 +155,6 @@ def bodies(graph: Graph) -> Iterator[tuple[Node, SumOver]]:
     for node in graph.nodes:
         if isinstance(node.target, SumOver):
             yield node, node.target
-
-
-def positions(graph: Graph) -> dict[Node, int]:
-    """Each node's place in the order."""
-    return {node: i for i, node in enumerate(graph.nodes)}
-
-
-def first_user(node: Node, where: dict[Node, int]) -> Node:
-    """The user that comes first in the order."""
-    return min(node.users, key=where.__getitem__)
 
 
 def last_uses(graph: Graph) -> dict[Node, list[Node]]:
@@ -184,11 +186,6 @@ def shape_text(x: torch.Tensor) -> str:
     for long, brief in (("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
         short = short.replace(long, brief)
     return f"{short}[{', '.join(map(str, x.shape))}]"
-
-
-def replace_values(args: Any, mapping: dict[Node, Node]) -> Any:
-    """Arguments with some nodes replaced."""
-    return tree_map(lambda x: mapping.get(x, x) if isinstance(x, Node) else x, args)
 
 
 def check_order(graph: Graph) -> None:

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from zfunc.program import ir
 from zfunc.program.passes.chains import read_from
 from zfunc.program.program import Program, graph_pass
+from zfunc.transforms.loop import SumOver
 
 CAST: Final = torch.ops.aten._to_copy.default
 
@@ -20,11 +21,38 @@ def cast_before_gather(graph: Graph, program: Program) -> None:
     """Cast each shard before it is gathered, where all that use the whole cast it.
 
     Rounding is elementwise, so it commutes with the gather: half the bytes for the same
-    bits. The master weights stay as they are.
+    bits. The master weights stay as they are. A cast that every microbatch repeats is
+    done once, before the loop.
     """
+    for node, loop in ir.bodies(graph):
+        _cast_before_loop(graph, node, loop)
     for start in ir.calls_of(graph):
         if start.target is ir.ALL_GATHER:
             _cast_first(graph, start)
+
+
+def _cast_before_loop(graph: Graph, node: Node, loop: SumOver) -> None:
+    for i, inner in enumerate(ir.inputs_of(loop.body)):
+        dtypes = {u.meta["val"].dtype for u in inner.users if u.target is CAST}
+        if i < loop.num_sliced or len(dtypes) != 1:
+            continue
+        casts = [u for u in inner.users if u.target is CAST]
+        if len(casts) < len(inner.users) or not _narrows(inner, casts[0]):
+            continue
+        with graph.inserting_before(node):
+            narrow = graph.node_copy(casts[0], lambda _, i=i: node.args[i])  # type: ignore[misc]
+        narrow.meta = {**node.args[i].meta, "val": ir.evaluate(narrow)}  # type: ignore[union-attr]
+        node.update_arg(i, narrow)
+        inner.meta["val"] = casts[0].meta["val"]
+        for cast in casts:
+            cast.replace_all_uses_with(inner)
+            loop.body.erase_node(cast)
+
+
+def _narrows(before: Node, cast: Node) -> bool:
+    old, new = before.meta["val"], cast.meta["val"]
+    narrower: bool = new.dtype.itemsize < old.dtype.itemsize
+    return narrower and new.dtype.is_floating_point and new.stride() == old.stride()
 
 
 def _cast_first(graph: Graph, start: Node) -> None:

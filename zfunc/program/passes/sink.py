@@ -17,12 +17,9 @@ def sink(graph: Graph, program: Program) -> None:
     A backend lets go of each value right after its last use; with this pass a gathered
     parameter is alive between its first use and its last, and not longer.
     """
-    where = {node: float(i) for i, node in enumerate(graph.nodes)}
     for node in reversed(ir.calls_of(graph)):
         gather = node.target is ir.ALL_GATHER or (
             node.target is ir.WAIT and node.args[0].target is ir.ALL_GATHER  # type: ignore[union-attr]
         )
         if node.users and (gather or is_layout(node)):
-            first = min(node.users, key=where.__getitem__)
-            first.prepend(node)
-            where[node] = where[first] - 0.5 ** (1 + len(node.users))
+            min(node.users).prepend(node)
