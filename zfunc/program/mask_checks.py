@@ -49,7 +49,16 @@ def told_of_tracing() -> Iterator[None]:
 
 def _any_packed(position_ids: torch.Tensor) -> bool:
     """True where positions do not rise by one: several sequences in a row."""
-    return bool((position_ids.diff(dim=-1) != 1).any())
+    with _for_real():
+        return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+@contextlib.contextmanager
+def _for_real() -> Iterator[None]:
+    """Run operators on the tensors themselves: no fakes, no trace, no torch.func."""
+    modes = torch.utils._python_dispatch._disable_current_modes
+    with modes(), torch._C._DisableFuncTorch():
+        yield
 
 
 def _innermost(tensor: Any) -> Any:
@@ -83,7 +92,6 @@ def _computed(node: Any, known: dict[Any, Any]) -> Any:
     if any(value is None for value in values.values()):
         return None
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    modes = torch.utils._python_dispatch._disable_current_modes
-    with modes(), torch._C._DisableFuncTorch():
+    with _for_real():
         known[node] = node.target(*args, **kwargs)
     return known[node]
