@@ -22,5 +22,5 @@ from .result import Ratio as Ratio
 from .result import Result as Result
 from .result import loss_difference as loss_difference
 from .result import ratios as ratios
-from .run import Plan as Plan
-from .run import run as run
+from .runner import Plan as Plan
+from .runner import run as run
