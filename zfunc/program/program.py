@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from zfunc.program import ir
-from zfunc.transforms.loop import SumOver
+from zfunc.program import comm, ir, memory, text
 
 Pass = Callable[["Program"], "Program"]
 
@@ -49,6 +48,55 @@ class Program:
         """What an input or output is: params, grads, moments, batch, constant, ..."""
         return path.split("/", 1)[0]
 
+    def as_text(self) -> str:
+        """One line per value: number, phase, shape, bytes, operator, operands.
+
+        Inputs and outputs go by their paths, loops are indented, and values are
+        numbered here, so the text is the same in every process.
+
+        Example:
+          >>> import zfunc as zf
+          >>> step = zf.train_step(lambda p, x: (p * x).sum(), zf.optim.sgd(0.1))
+          >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
+          >>> program = zf.jit(step).lower(state, torch.ones(4))
+          >>> program.as_text().splitlines()[0]
+          'program for cpu'
+        """
+        return text.as_text(self)
+
+    def comm_analysis(self) -> comm.CommAnalysis:
+        r"""Messages, and bytes that one rank sends, by collective, axis and dtype.
+
+        For n ranks and a full tensor of S bytes: :math:`\frac{n-1}{n} S` for a gather,
+        a reduce-scatter and an all-to-all, twice that for an all-reduce. What is inside
+        a loop counts as often as it runs.
+
+        Example:
+          >>> import zfunc as zf
+          >>> step = zf.train_step(lambda p, x: (p * x).sum(), zf.optim.sgd(0.1))
+          >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
+          >>> program = zf.jit(step).lower(state, torch.ones(4))
+          >>> program.comm_analysis().total_bytes
+          0
+        """
+        return comm.comm_analysis(self)
+
+    def memory_analysis(self) -> memory.MemoryAnalysis:
+        """The peak of live bytes on one rank: how many, of what, and where.
+
+        As the ``aten`` backend frees: each value after its last use, donated inputs
+        too. Other inputs and the constants are their owner's, and stay.
+
+        Example:
+          >>> import zfunc as zf
+          >>> step = zf.train_step(lambda p, x: (p * x).sum(), zf.optim.sgd(0.1))
+          >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
+          >>> program = zf.jit(step).lower(state, torch.ones(4))
+          >>> program.memory_analysis().by_kind.params
+          32
+        """
+        return memory.memory_analysis(self)
+
     def run_by(self, compile_graph: CompileGraph) -> Callable[[list[Any]], list[Any]]:
         """The program as a function of its inputs without the constants."""
         run, constants = compile_graph(self.graph), self.constants
@@ -70,17 +118,12 @@ def graph_pass(change: Callable[[Graph, Program], None]) -> Pass:
     """
 
     def transformed(program: Program) -> Program:
-        return program.with_graph(on_graph(program.graph, program))
-
-    def on_graph(graph: Graph, program: Program) -> Graph:
-        made = ir.copied(graph)
-        for node, loop in ir.bodies(made):
-            body = on_graph(loop.body, program)
-            node.target = SumOver(body, loop.n, loop.num_sliced)
-        change(made, program)
-        ir.remove_dead(made)
-        ir.check_order(made)
-        return made
+        made = ir.copied(program.graph)
+        for graph in ir.with_bodies(made):
+            change(graph, program)
+            ir.remove_dead(graph)
+            ir.check_order(graph)
+        return program.with_graph(made)
 
     transformed.__name__ = transformed.__qualname__ = change.__name__
     transformed.__doc__ = change.__doc__
