@@ -46,7 +46,7 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
 
     @functools.wraps(step.__call__)
     def donating(state: TrainState, batch: PyTree) -> TrainState:
-        _check_placed(check_usable(state))
+        check_placed(check_usable(state))
         moments = step.moments_of(state)
         _consume(grads=state.grads)
         try:  # what is wrong with a batch shows here, with all that is needed in place
@@ -62,7 +62,17 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
     return donating
 
 
-def _check_placed(state: TrainState) -> None:
+def check_placed(state: TrainState) -> None:
+    """Raise where a leaf of the parameters is no ``Sharded``: only those are taken.
+
+    Raises:
+      PlacementError: with the path of the first plain tensor.
+
+    Example:
+      >>> from zfunc.core.mesh import make_mesh
+      >>> from zfunc.core.state import shard
+      >>> check_placed(shard(torch.ones(2), make_mesh({})))
+    """
     for path, leaf in leaves_with_path(state.params, is_sharded):
         if not is_sharded(leaf):
             raise PlacementError(

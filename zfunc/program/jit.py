@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from zfunc.core.donation import _check_placed
+from zfunc.core.donation import check_placed
 from zfunc.core.sharding import is_sharded
 from zfunc.core.state import Metrics, TrainState, check_usable
 from zfunc.core.step import TrainStep
@@ -18,9 +18,10 @@ from zfunc.core.tree import (
     leaves_with_path,
     tree_flatten,
     tree_leaves,
-    tree_unflatten,
 )
 from zfunc.program import backends
+from zfunc.program.donated import Donation, donation_of
+from zfunc.program.layout import Layout, Matched, layout_of
 from zfunc.program.passes import DEFAULT
 from zfunc.program.program import Pass, Program
 from zfunc.program.trace import trace, with_kind
@@ -41,8 +42,16 @@ class _Executable(NamedTuple):
     """A compiled program, and how its outputs become a state."""
 
     run: Callable[[list[Any]], list[Any]]
-    out_spec: Any
-    in_place: bool
+    layout: Layout
+    donation: Donation | None
+
+    def call(self, grads: PyTree, matched: Matched) -> TrainState:
+        """One step; ``grads`` are those of the last one."""
+        if self.donation is None:
+            outputs = self.run(matched.tensors)
+        else:
+            outputs = self.donation.run(self.run, grads, matched)
+        return self.layout.filled(outputs)  # type: ignore[no-any-return]
 
 
 class Jitted:
@@ -59,19 +68,32 @@ class Jitted:
 
     def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
         """One step."""
-        state = _traceable(self._step, check_usable(state))
+        if self._cache and isinstance(state, TrainState):
+            latest = next(reversed(self._cache.values()))
+            matched = latest.layout.match(state, batch)
+            if matched is not None:
+                return latest.call(state.grads, matched)
+        grads = check_usable(state).grads
+        state = _traceable(self._step, state)
+        executable = self._executable(state, batch)
+        matched = executable.layout.match(state, batch)
+        if matched is None:
+            raise AssertionError("the program does not fit what it was traced for")
+        del state
+        return executable.call(grads, matched)
+
+    def _executable(self, state: TrainState, batch: PyTree) -> _Executable:
+        """The program for these arguments, made if it is not there; then the latest."""
         if self._donate:
-            _check_placed(state)
+            check_placed(state)
         leaves, spec = tree_flatten((state, batch))
         signature = _Signature(spec, tuple(map(_described, leaves)))
-        executable = self._cache.get(signature)
+        executable = self._cache.pop(signature, None)
         if executable is None:
             self._say_why(signature, state, batch)
             executable = self._compiled(state, batch)
-            self._cache[signature] = executable
-        args = [x for x in leaves if isinstance(x, torch.Tensor)]
-        del leaves
-        return tree_unflatten(executable.out_spec, executable.run(args))  # type: ignore[no-any-return]
+        self._cache[signature] = executable
+        return executable
 
     def lower(self, state: TrainState, batch: PyTree) -> Program:
         """The program for these shapes after the passes; nothing is run or sent.
@@ -91,7 +113,11 @@ class Jitted:
     def _compiled(self, state: TrainState, batch: PyTree) -> _Executable:
         program = self.lower(state, batch)
         compile_graph = backends.choose(self._backend, program.device_type)
-        return _Executable(program.run_by(compile_graph), program.out_spec, False)
+        return _Executable(
+            program.run_by(compile_graph),
+            layout_of(state, batch, program.out_spec),
+            donation_of(state, []) if self._donate else None,
+        )
 
     def _say_why(self, new: _Signature, state: TrainState, batch: PyTree) -> None:
         if self._cache:
@@ -149,7 +175,7 @@ def lowered(step: TrainStep, state: TrainState, batch: PyTree) -> Program:
     kind = next((mesh.kind for mesh in meshes), "local")
     state, paths = with_kind(state, "traced"), _paths(state, batch)
     leaves = tree_flatten((state, batch))[0]
-    traced = trace(step, (state, batch), kind)
+    traced = trace(step.__call__, (state, batch), kind)
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
     groups = [
         (mesh.group(axis), axis, n) for mesh in meshes for axis, n in mesh.axes if n > 1

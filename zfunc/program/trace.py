@@ -54,7 +54,8 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
     leaves, spec = tree_flatten(args)
     mode = fake_mode_of(leaves)
     where = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
-    fakes = [mode.from_tensor(leaves[i]) for i in where]
+    with mode:  # two leaves that are one tensor are two inputs, so no from_tensor
+        fakes = [_empty_like(leaves[i]) for i in where]
     results: list[Any] = []
 
     def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -74,6 +75,10 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
     constants = lift_constants(module)
     remove_dead(module.graph)
     return Traced(module.graph, constants, *results[-1])
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def fake_mode_of(leaves: list[Any]) -> FakeTensorMode:
