@@ -204,7 +204,50 @@ def jit(
     backend: Backend | None = None,
     passes: Sequence[Pass] = DEFAULT,
 ) -> Jitted:
-    """The step as a program: traced once per shapes, transformed, replayed."""
+    r"""The step as a program: traced once for its shapes, then replayed.
+
+    The first call runs the step's Python on shapes alone, backward, collectives and
+    optimizer included, and records one flat graph. Passes schedule it (when to gather,
+    gather again, reduce, send together), a backend runs it, and later calls with the
+    same structure, shapes, dtypes and placements only replay. Anything else is traced
+    anew; the logger ``zfunc.jit`` says why, in one line.
+
+    Args:
+      step: made by ``zf.train_step``.
+      donate: the state that a step is given is used up: parameters and moments are
+        written over in place, except where something else holds their memory (which
+        then keeps its values), and using the old state is a ``DonatedBufferError``.
+        False leaves it as it was.
+      backend: ``"aten"`` replays operator by operator, with no compile time;
+        ``"inductor"`` compiles what is between collectives, equal layers once;
+        ``"cudagraph"`` replays on a GPU. Default: aten on the CPU, inductor on a GPU.
+      passes: functions from program to program, in order; see
+        ``zfunc.program.passes``. None of them changes a bit of the result.
+
+    Returns:
+      A callable like the step. Its ``lower(state, batch)`` is the ``Program``, which
+      can be read without being run, for abstract states and meshes too.
+
+    Raises:
+      TypeError: something that is not a ``TrainStep``.
+      ValueError: a backend that does not exist, or not on this machine.
+      TraceError: (when called) Python that depends on the values of tensors, with the
+        line.
+
+    Laws: ``jit(step) == step`` bitwise on the aten backend, with each pass and all; to
+    rounding on inductor. The bytes that the program sends are those of the stage.
+
+    Differs from ``torch.compile``: dynamo drops custom backwards under ``torch.func``
+    without a word, so it is never asked; and from DeepSpeed: gathers, releases,
+    buckets and overlap are passes over one graph instead of hooks and streams.
+
+    Example:
+      >>> import zfunc as zf
+      >>> step = jit(zf.train_step(lambda p, b: (p * b).sum(), zf.optim.sgd(0.1)))
+      >>> state = step(zf.shard(torch.ones(2), zf.make_mesh({})), torch.ones(2))
+      >>> state.params.buffer
+      tensor([0.9000, 0.9000])
+    """
     if not isinstance(step, TrainStep):
         raise TypeError(f"jit takes a TrainStep, got a {type(step).__name__}")
     return Jitted(step, donate, backend, tuple(passes))
