@@ -8,11 +8,13 @@ fake tensors and records what reaches the dispatcher, so what it records is what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -68,10 +70,12 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
         return outputs
 
     try:
-        with mode, torch.no_grad(), preserve_node_meta(), told_of_tracing():
+        with mode, torch.no_grad(), preserve_node_meta(), told_of_tracing(), _quiet():
             module = make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
     except (DataDependentOutputException, RuntimeError) as error:
-        raise _explained(error) from error
+        if _looked_at_values(error):
+            raise _explained(error) from error
+        raise
     constants = lift_constants(module)
     remove_dead(module.graph)
     return Traced(module.graph, constants, *results[-1])
@@ -82,10 +86,12 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def fake_mode_of(leaves: list[Any]) -> FakeTensorMode:
-    """The mode of the fake tensors among the leaves, or a new one."""
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    found = torch._guards.detect_fake_mode(tensors)
-    return found or FakeTensorMode(allow_non_fake_inputs=True)
+    """The mode of the first fake tensor, or a new one.
+
+    A state and a batch that were made abstract one by one have two.
+    """
+    found = [x.fake_mode for x in leaves if isinstance(x, torch._subclasses.FakeTensor)]
+    return found[0] if found else FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def with_kind(tree: PyTree, kind: str) -> PyTree:
@@ -105,35 +111,63 @@ def with_kind(tree: PyTree, kind: str) -> PyTree:
     return tree_map(one, tree, is_leaf=is_sharded)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log of torch's about an error that is raised to the user anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("failed while attempting to run meta")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 _VALUE_ERRORS = (
     "data-dependent",
     "get value out of a tracing tensor",
     "aten._local_scalar_dense",
     "aten.nonzero",
     "aten.equal",
+    # What numpy and torch.tensor([...]) run into.
+    ".numpy() is not supported",
+    "Cannot access data pointer",
+    "data is not allocated yet",
 )
 
 
-def _explained(error: Exception) -> Exception:
-    """A ``TraceError`` where the step looked at values; else the error itself."""
-    text = str(error)
-    dynamic = (
+def _looked_at_values(error: Exception) -> bool:
+    """Whether it comes from tensors that have shapes only."""
+    return (
         isinstance(error, DataDependentOutputException)
         or "Dynamic" in type(error).__name__
+        or any(mark in str(error) for mark in _VALUE_ERRORS)
     )
-    if not dynamic and not any(mark in text for mark in _VALUE_ERRORS):
-        return error
+
+
+def _explained(error: Exception) -> TraceError:
     frame = _users_frame(error)
     place = f"{frame.filename}:{frame.lineno}" if frame else "the step"
     line = f"\n    {frame.line}" if frame and frame.line else ""
+    # torch.func keeps numpy out of a loss, traced or not.
+    numpy = any(mark in str(error) for mark in (".numpy()", "data pointer"))
+    untraced = "" if numpy else " (Without zf.jit the step runs as it is.)"
     return TraceError(
         f"{place} needs the value of a tensor while the step is traced, when tensors "
         f"have shapes only:{line}\n"
         "Choose with torch.where(condition, a, b) instead of `if`, keep numbers as "
-        "0-d tensors instead of .item() or float(), select with a mask instead of "
-        "x[mask], or move the decision out of the loss: into the batch, or a Python "
-        "value that the loss closes over. (Without zf.jit the step runs as it is.)"
+        "0-d tensors instead of .item() or float(), join them with torch.stack instead "
+        "of torch.tensor([...]), select with a mask instead of x[mask], compute with "
+        "torch instead of numpy, or move the decision out of the loss: into the "
+        f"batch, or a Python value that the loss closes over.{untraced}"
     )
+
+
+# Code without a file that nobody wrote; "<stdin>" is the user's.
+GENERATED: Final = ("<eval_with_key>", "<frozen", "<string>", "<zfunc")
 
 
 def _users_frame(error: Exception) -> traceback.FrameSummary | None:
@@ -149,7 +183,7 @@ def _users_frame(error: Exception) -> traceback.FrameSummary | None:
             Path(f.filename).is_relative_to(ours)
             and not Path(f.filename).is_relative_to(ours / "models")
         )
-        and not f.filename.startswith("<")
+        and not f.filename.startswith(GENERATED)
     ]
     own = [f for f in outside if "site-packages" not in f.filename]
     return (own or outside or [None])[-1]  # type: ignore[list-item]
