@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from zfunc.program import ir
 from zfunc.program.listing import bytes_text, numbered, op_name, sends
-from zfunc.program.storages import Storages, storages_of
+from zfunc.program.storages import Parts, Storages, present, storages_of
 from zfunc.transforms.loop import SumOver
 
 if TYPE_CHECKING:
@@ -140,14 +140,14 @@ class _Ledger:
         self._holders: Counter[int] = Counter()
         self._bytes = dict.fromkeys(_KINDS, 0)
 
-    def hold(self, keys: Iterable[int]) -> None:
-        for key in keys:
+    def hold(self, parts: Parts) -> None:
+        for key in present(parts):
             self._holders[key] += 1
             if self._holders[key] == 1:
                 self._add(key, 1)
 
-    def release(self, keys: Iterable[int]) -> None:
-        for key in keys:
+    def release(self, parts: Parts) -> None:
+        for key in present(parts):
             self._holders[key] -= 1
             if self._holders[key] == 0:
                 self._add(key, -1)
@@ -184,13 +184,13 @@ class _Replay:
             last = self._numbers[node]
         if ir.inputs_of(graph):
             self._record(last, base, ledger)
-        dying, sent = ir.last_uses(graph), dict[Node, tuple[int, ...]]()
+        dying, sent = ir.last_uses(graph), dict[Node, Parts]()
         for node in ir.calls_of(graph):
             if isinstance(node.target, SumOver):
                 self._loop(node, storages, base.plus(ledger.bytes()))
             ledger.hold(held[node])
             if sends(node):  # the message reads its input until it is waited for
-                sent[node] = tuple(k for n in node.all_input_nodes for k in held[n])
+                sent[node] = sum((held[n] for n in node.all_input_nodes), ())
                 ledger.hold(sent[node])
             elif op_name(node.target) == "wait":
                 ledger.release(sent.pop(_started(node), ()))
@@ -203,20 +203,22 @@ class _Replay:
         loop: Any = node.target
         body, sums = storages.bodies[node], _sums(node, storages)
         first = _Ledger(body)
-        first.hold(key for keys in body.outputs for key in keys)
+        for key in body.outputs:
+            first.hold((key,))
         running = [first.bytes(), _added(sums)] if loop.n > 2 else [first.bytes()]
         worst = max(running, key=lambda size: size.total)
         self.graph(loop.body, body, base.plus(worst))
         totals, outs, new = first, _Ledger(body), BytesByKind()
-        outs.hold(key for keys in body.outputs for key in keys)
+        for key in body.outputs:
+            outs.hold((key,))
         number = self._numbers[node]
         if loop.n > 2:  # in place
             self._record(number, base.plus(_added(sums)), outs)
-        for keys, size in zip(body.outputs, sums, strict=True):
+        for key, size in zip(body.outputs, sums, strict=True):
             new = new.plus(size)
             self._record(number, base.plus(totals.bytes()).plus(new), outs)
-            totals.release(keys)
-            outs.release(keys)
+            totals.release((key,))
+            outs.release((key,))
 
     def _record(self, index: int, base: BytesByKind, ledger: _Ledger) -> None:
         self.moments.append(Moment(index, base.plus(ledger.bytes())))
@@ -232,11 +234,10 @@ def _started(wait: Node) -> Node:
 
 def _sums(loop: Node, storages: Storages) -> list[BytesByKind]:
     """The bytes of each of a loop's sums, which are tensors of their own."""
-    sizes = []
-    for value in ir.tensors_of(loop):
-        key, size = value.untyped_storage()._cdata, value.untyped_storage().nbytes()
-        sizes.append(BytesByKind(**{storages.kinds[key]: size}))
-    return sizes
+    return [
+        BytesByKind(**{storages.kinds[key]: storages.size_bytes[key]})
+        for key in present(storages.held[loop])
+    ]
 
 
 def _added(sizes: list[BytesByKind]) -> BytesByKind:

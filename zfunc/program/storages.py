@@ -34,18 +34,21 @@ _COPIES: Final = frozenset(
 )
 _SCALINGS: Final = frozenset({aten.div.Tensor, aten.mul.Tensor})
 
+# For each value of a node the number of its storage, None for what is no tensor.
+Parts = tuple[int | None, ...]
+
 
 @dataclass(frozen=True)
 class Storages:
     """What the nodes of one graph hold.
 
-    ``held`` are the keys of each node's storages (of the i-th output's alone in
-    ``outputs``), ``kinds`` says what is in a storage, ``bodies`` are those of the
-    loops. The inputs of a loop's body have no bytes: they are the operands' own.
+    ``held`` are the storages of each node's values, ``outputs`` those of the outputs,
+    ``kinds`` says what is in a storage, ``bodies`` are the storages of the loops. The
+    inputs of a loop's body have no bytes: they are the operands' own.
     """
 
-    held: Mapping[Node, tuple[int, ...]]
-    outputs: tuple[tuple[int, ...], ...]
+    held: Mapping[Node, Parts]
+    outputs: tuple[int | None, ...]
     size_bytes: Mapping[int, int]
     kinds: Mapping[int, str]
     bodies: Mapping[Node, Storages]
@@ -68,13 +71,13 @@ def storages_of(
 
     def mark(nodes: Any, kind: str) -> None:
         for node in nodes:
-            for key in held[node]:
+            for key in present(held[node]):
                 kinds.setdefault(key, kind)
 
     for node, kind in zip(given, inputs, strict=True):
         mark([node], kind)
         if inner:
-            size_bytes.update(dict.fromkeys(held[node], 0))
+            size_bytes.update(dict.fromkeys(present(held[node]), 0))
     mark(_gathered(graph, dict(zip(given, inputs, strict=True))), "gathered")
     results = ir.outputs_of(graph)
     for node, kind in zip(results, outputs, strict=True):
@@ -88,34 +91,69 @@ def storages_of(
     bodies = {}
     for node, loop in ir.bodies(graph):
         sums = _loop_outputs(node, gradients)
-        operands = [
-            kinds[held[n][0]] if held[n] else "other" for n in operands_of(node)
-        ]
+        keys = [held[n][0] for n in node.args]  # type: ignore[index]
+        operands = ["other" if key is None else kinds[key] for key in keys]
         bodies[node] = storages_of(loop.body, operands, sums, inner=True)
-    return Storages(held, tuple(held[n] for n in results), size_bytes, kinds, bodies)
+    returned = tuple(held[node][0] for node in results)
+    return Storages(held, returned, size_bytes, kinds, bodies)
 
 
-def operands_of(loop: Node) -> list[Node]:
-    """The operands of a loop's node, one for each input of its body."""
-    return [n for n in loop.args if isinstance(n, Node)]
+def present(parts: Parts) -> list[int]:
+    """Each storage once."""
+    return [key for key in dict.fromkeys(parts) if key is not None]
 
 
-def _held(graph: Graph) -> tuple[dict[Node, tuple[int, ...]], dict[int, int]]:
-    held: dict[Node, tuple[int, ...]] = {}
+def _held(graph: Graph) -> tuple[dict[Node, Parts], dict[int, int]]:
+    """The storages of each node's values, in their order; and the sizes in bytes.
+
+    A view has its input's storage, whatever its fake value says: passes move views to
+    other inputs.
+    """
+    held: dict[Node, Parts] = {}
     size_bytes: dict[int, int] = {}
-    same: dict[int, int] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        found = ir.storages(node)
-        if node.op == "call_function" and op_name(node.target) == "wait":
-            (source,) = node.all_input_nodes
-            for (mine, _), its in zip(found, held[source], strict=True):
-                same[mine] = its
-        for key, size in found:
-            size_bytes.setdefault(same.get(key, key), size)
-        held[node] = tuple(dict.fromkeys(same.get(key, key) for key, _ in found))
+        values, source = _values(node), node.all_input_nodes[:1]
+        if node.target is operator.getitem:
+            held[node] = (held[source[0]][node.args[1]],)
+        elif _only_looks(node):
+            held[node] = (held[source[0]][0],) * len(values)
+        else:
+            held[node] = _made(node, values, held, size_bytes)
     return held, size_bytes
+
+
+def _values(node: Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _only_looks(node: Node) -> bool:
+    return node.op == "call_function" and (
+        ir.is_view(node) or op_name(node.target) == "wait"
+    )
+
+
+def _made(
+    node: Node, values: list[Any], held: dict[Node, Parts], size_bytes: dict[int, int]
+) -> Parts:
+    """New storages, but where a value is in the memory of one of the inputs."""
+    known: dict[int, int] = {}
+    for given in node.all_input_nodes:
+        for value, key in zip(_values(given), held[given], strict=True):
+            if key is not None:
+                known[value.untyped_storage()._cdata] = key
+    parts: list[int | None] = []
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            parts.append(None)
+            continue
+        storage = value.untyped_storage()
+        key = known.setdefault(storage._cdata, len(size_bytes))
+        size_bytes.setdefault(key, storage.nbytes())
+        parts.append(key)
+    return tuple(parts)
 
 
 def _gathered(graph: Graph, given: Mapping[Node, str]) -> list[Node]:
@@ -175,15 +213,15 @@ def _shape(node: Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _saved(graph: Graph, held: Mapping[Node, tuple[int, ...]]) -> list[Node]:
+def _saved(graph: Graph, held: Mapping[Node, Parts]) -> list[Node]:
     """What the forward makes and the backward uses, itself or through a view."""
     makers: dict[int, Node] = {}
     used: set[int] = set()
     for node in ir.calls_of(graph):
-        for key in held[node]:
+        for key in present(held[node]):
             makers.setdefault(key, node)
         if ir.phase(node) == "backward":
-            used.update(key for n in node.all_input_nodes for key in held[n])
+            used.update(key for n in node.all_input_nodes for key in present(held[n]))
     return [
         maker
         for key, maker in makers.items()

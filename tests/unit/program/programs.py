@@ -9,6 +9,8 @@ import torch
 import zfunc as zf
 from zfunc.core.tree import tree_leaves
 from zfunc.models import gpt
+from zfunc.program.backends.aten import compile_graph
+from zfunc.testing.memory import peak_live_bytes
 
 CONFIG = gpt.GPTConfig(
     vocab_size=64,
@@ -119,3 +121,34 @@ def zero3():
     """The program of the golden file: two layers, four ranks, two microbatches."""
     setting = Setting(zero=3, microbatches=2)
     return abstract_program(mlp, mlp_params(8, 2), normal(4, 8), setting, 4)
+
+
+def as_donated(program, donated):
+    """The program that takes over nothing, the state, or the batch too."""
+    paths = {
+        path
+        for path in program.inputs
+        if donated == "all" or (donated == "state" and not path.startswith("batch"))
+    }
+    return dataclasses.replace(program, donated=frozenset(paths))
+
+
+def inputs_of(state, batch):
+    """New tensors for a program's inputs, in its order."""
+    state = state.replace(grads=None)
+    return [x.clone() for x in tree_leaves((state, batch))]
+
+
+def measured_peak(program, tensors):
+    """The most bytes alive while the aten backend runs a program on its inputs.
+
+    The list is used up; what the program does not own is kept here.
+    """
+    pairs = zip(tensors, program.inputs, strict=False)  # constants have no tensor
+    kept = [x for x, path in pairs if path not in program.donated]
+    run = program.run_by(compile_graph)
+    _, peak_bytes = peak_live_bytes(
+        lambda args, constants: run(args), tensors, program.constants, donated=True
+    )
+    del kept
+    return peak_bytes
