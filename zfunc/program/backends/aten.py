@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -58,6 +59,22 @@ BINDINGS: Final = MappingProxyType(
 Run = Callable[[list[Any]], list[Any]]
 
 
+@dataclass(frozen=True, eq=False)
+class Boxed:
+    """A call that is given its operands as a list, which it empties as it goes.
+
+    So an operand that nothing else needs is let go of inside of the call.
+    """
+
+    run: Run
+
+    __name__ = "boxed"
+
+    def __call__(self, *operands: Any) -> Any:
+        """The results, for interpreters; programs call ``run``."""
+        return self.run(list(operands))
+
+
 def compile_graph(graph: Graph) -> Run:
     """A function from the list of inputs, which it empties, to the list of outputs."""
     writer = _Writer()
@@ -91,8 +108,15 @@ class _Writer:
         if unused:
             lines.append(f"del {', '.join(unused)}")
         for node in ir.calls_of(graph):
-            lines.append(f"{node.name} = {self.call(node)}")
-            dead = [n.name for n in dying[node]] + ([] if node.users else [node.name])
+            dead = [n.name for n in dying[node]]
+            if isinstance(node.target, Boxed):
+                lines.append(f"operands = {self.value(node.args)}")
+                lines += [f"del {', '.join(dead)}"] if dead else []
+                lines.append(f"{node.name} = {self.named(node.target.run)}(operands)")
+                dead = []
+            else:
+                lines.append(f"{node.name} = {self.call(node)}")
+            dead += [] if node.users else [node.name]
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         outputs = [self.value(n) for n in ir.outputs_of(graph)]
