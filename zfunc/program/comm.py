@@ -101,13 +101,16 @@ def sent_bytes(kind: str, payload: int, n: int) -> int:
       >>> sent_bytes("all_gather", 4096, 4), sent_bytes("all_reduce", 4096, 4)
       (3072, 6144)
     """
-    passes = 2 if kind == "all_reduce" else 1
-    return -(-passes * (n - 1) * payload // n)
+    return -(-_passes(kind) * (n - 1) * payload // n)
 
 
-def node_sent_bytes(node: Node, program: Program) -> int:
-    """Bytes that a rank sends in one call of a node; 0 if it is no collective."""
+def sent_by(node: Node, program: Program) -> float:
+    """Bytes that a rank sends in one call of a node, unrounded; 0 for a computation."""
     if not sends(node):
-        return 0
+        return 0.0
     n = program.axis(ir.group_of(node))[1]
-    return sent_bytes(op_name(node.target), payload_bytes(node), n)
+    return _passes(op_name(node.target)) * (n - 1) * payload_bytes(node) / n
+
+
+def _passes(kind: str) -> int:
+    return 2 if kind == "all_reduce" else 1

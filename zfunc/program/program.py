@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from zfunc.program import comm, ir, memory, text
+from zfunc.program import comm, cost, ir, memory, text
 
 Pass = Callable[["Program"], "Program"]
 
@@ -96,6 +96,23 @@ class Program:
           32
         """
         return memory.memory_analysis(self)
+
+    def cost_analysis(self, device: cost.Device | None = None) -> cost.CostAnalysis:
+        """Operations, bytes moved and sent, and the least time they take a device.
+
+        Args:
+          device: Rates to divide by; default: ``cost.H100_SXM`` for a program on GPUs,
+            ``cost.CPU`` for others.
+
+        Example:
+          >>> import zfunc as zf
+          >>> step = zf.train_step(lambda p, x: (p * x).sum(), zf.optim.sgd(0.1))
+          >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
+          >>> program = zf.jit(step).lower(state, torch.ones(4))
+          >>> program.cost_analysis().total.flops
+          0
+        """
+        return cost.cost_analysis(self, device)
 
     def run_by(self, compile_graph: CompileGraph) -> Callable[[list[Any]], list[Any]]:
         """The program as a function of its inputs without the constants."""
