@@ -149,9 +149,7 @@ def _difference(
     """What of a signature is new, in one line."""
     if old.spec != new.spec:
         return "the structure or the placement of the state or of the batch is new"
-    paths = [path for path, _ in leaves_with_path({"state": state, "batch": batch})]
-    paths = [path for path, _ in leaves_with_path(state)]
-    paths += [f"batch/{path}".rstrip("/") for path, _ in leaves_with_path(batch)]
+    paths = _paths(state, batch)
     words = ("shape", "dtype", "strides", "device")
     for path, before, now in zip(paths, old.leaves, new.leaves, strict=True):
         if before == now:

@@ -52,7 +52,17 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
 
     Python runs once, as in JAX: branches on shapes are taken, branches on the values
     of tensors are a ``TraceError`` that names the line.
+
+    Raises:
+      TraceError: such a branch; also a call from inside of vmap, grad and their kin.
     """
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise TraceError(
+            "a step is traced for one rank, outside of vmap, grad and their kin: call "
+            "what zf.jit returns where no transformation of torch.func is at work. "
+            "(zfunc.testing.simulate runs a step as it is; zfunc.testing.lockstep runs "
+            "the programs of all ranks.)"
+        )
     leaves, spec = tree_flatten(args)
     mode = fake_mode_of(leaves)
     where = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
