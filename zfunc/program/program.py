@@ -25,6 +25,14 @@ class Program:
     that the loss closes over. ``donated`` are the paths of the inputs whose memory the
     program may write over. ``groups`` are the mesh axes that it sends along: the
     process group's name, the axis, its size.
+
+    Example:
+      >>> import zfunc as zf
+      >>> step = zf.train_step(lambda p, x: (p * x).sum(), zf.optim.sgd(0.1))
+      >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
+      >>> program = zf.jit(step).lower(state, torch.ones(4))
+      >>> program.inputs[:2], program.inputs[-1]
+      (('step', 'params'), 'batch')
     """
 
     graph: Graph
