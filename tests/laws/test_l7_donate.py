@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7: ``donate(step) == step`` bitwise, what was given is dead; ``step`` is pure."""
+"""L7: ``donate(step) == step`` bitwise, what was given is dead; ``step`` is pure.
+
+``jit(step)`` donates too, unless it is told not to: the same law.
+"""
 
 import functools
 
@@ -28,24 +31,33 @@ def steps_here(case):
     return step, zf.shard(case.params, mesh, tx=case.recipe.tx(), spec=spec)
 
 
-def check(case):
+def check(case, donating=zf.donate):
     """Every step of a donating run is bitwise that of the pure run."""
     step, pure = steps_here(case)
-    donated = copied(pure)
+    donated, program = copied(pure), donating(step)
     for batch in case.batches:
         pure = step(pure, batch)
-        donated = zf.donate(step)(donated, batch)
+        donated = program(donated, batch)
         assert_bitwise(donated, pure, "donated")
 
 
-def check_shared(case):
+def check_shared(case, donating=zf.donate):
     """Nothing is written over: tensors that share its memory keep their values."""
     step, state = steps_here(case)
-    state = step(state, case.batches[0])
-    shared, kept = (zf.tree_map(lambda x: x, state), zf.unshard(state)), copied(state)
-    zf.donate(step)(state, case.batches[1])
-    for tree in shared:
-        assert_bitwise(zf.unshard(tree), zf.unshard(kept), "a tree taken before")
+    state, program = step(state, case.batches[0]), donating(step)
+    for batch in case.batches[1:]:
+        kept = copied(state)
+        shared = (zf.tree_map(lambda x: x, state), zf.unshard(state), views(state))
+        want, state = step(copied(state), batch), program(state, batch)
+        for tree in shared[:2]:
+            assert_bitwise(zf.unshard(tree), zf.unshard(kept), "a tree taken before")
+        assert_bitwise(shared[2], views(kept), "views taken before")
+        assert_bitwise(state, want, "donated, while others look at it")
+
+
+def views(state):
+    """Other tensors over the memory of the state."""
+    return [x.view(-1)[: x.numel() // 2] for x in tree_leaves(state)]
 
 
 def check_simulated(case):
@@ -55,16 +67,16 @@ def check_simulated(case):
     assert_bitwise(given_away, case.train(), "donated")
 
 
-def check_dead(case):
+def check_dead(case, donating=zf.donate):
     """The state that was given refuses every use, by the path of the leaf."""
     step, state = steps_here(case)
     state = step(state, case.batches[0])
-    zf.donate(step)(state, case.batches[0])
+    donating(step)(state, case.batches[0])
     for field in DEAD:
         for path, leaf in leaves_with_path(getattr(state, field), is_sharded):
             if is_sharded(leaf):
                 refuses(f"state.{field}[{path!r}]", leaf.buffer)
-    for program in (step, zf.donate(step)):
+    for program in (step, zf.donate(step), zf.jit(step), zf.jit(step, donate=False)):
         with pytest.raises(zf.DonatedBufferError, match="was donated to a step"):
             program(state, case.batches[0])
     readable = (state.step, state.key, state.metrics)
@@ -118,6 +130,35 @@ def test_what_was_donated_is_dead(case):
     check_dead(case)
 
 
+@examples(0.15)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=3))
+def test_donating_to_a_program_changes_no_bit(case):
+    check(case, zf.jit)
+
+
+@examples(0.15)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=3))
+def test_a_program_writes_nothing_over_that_others_see(case):
+    check_shared(case, zf.jit)
+
+
+@examples(0.1)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=1))
+def test_what_was_donated_to_a_program_is_dead(case):
+    check_dead(case, zf.jit)
+
+
+@examples(0.1)
+@given(cases(mesh_shapes=ONE_RANK, num_steps=1))
+def test_a_program_that_does_not_donate_changes_nothing(case):
+    step, state = steps_here(case)
+    before, batch = copied((state, case.batches[0])), case.batches[0]
+    versions = [leaf._version for leaf in tree_leaves((state, batch))]
+    zf.jit(step, donate=False)(state, batch)
+    assert_bitwise((state, batch), before, "the arguments of a pure program")
+    assert [x._version for x in tree_leaves((state, batch))] == versions
+
+
 @examples(0.5)
 @given(cases(num_steps=1))
 def test_a_step_changes_nothing_it_is_given(case):
@@ -137,8 +178,9 @@ def test_a_step_changes_nothing_it_is_given(case):
         list,
     ],
 )
-def test_the_operators_of_a_dead_leaf_name_it(use):
+@pytest.mark.parametrize("donating", [zf.donate, zf.jit])
+def test_the_operators_of_a_dead_leaf_name_it(use, donating):
     state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({}))
-    zf.donate(zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1)))(state, ())
+    donating(zf.train_step(lambda p, b: p["w"].sum(), zf.optim.sgd(0.1)))(state, ())
     with pytest.raises(zf.DonatedBufferError, match=r"state.params\['w'\] was donated"):
         use(state.params["w"].buffer)
