@@ -144,8 +144,11 @@ def measured_peak(program, tensors):
 
     The list is used up; what the program does not own is kept here.
     """
-    pairs = zip(tensors, program.inputs, strict=False)  # constants have no tensor
-    kept = [x for x, path in pairs if path not in program.donated]
+    kept = [  # constants, the last inputs, have no tensor here
+        x
+        for x, path in zip(tensors, program.inputs, strict=False)
+        if path not in program.donated
+    ]
     run = program.run_by(compile_graph)
     _, peak_bytes = peak_live_bytes(
         lambda args, constants: run(args), tensors, program.constants, donated=True
