@@ -142,7 +142,8 @@ def inputs_of(graph: Graph) -> list[Node]:
 
 def outputs_of(graph: Graph) -> list[Node]:
     """The nodes that are returned, in order."""
-    return list(next(iter(reversed(graph.nodes))).args[0])  # type: ignore[arg-type]
+    last: Any = next(iter(reversed(graph.nodes)))
+    return list(last.args[0])
 
 
 def calls_of(graph: Graph) -> list[Node]:

@@ -70,8 +70,7 @@ def traced_sum(
 ) -> Tensors:
     """Add a ``SumOver`` node for ``fn(pieces of sliced + whole)`` to the graph."""
     mode: Any = proxy_tensor.get_proxy_mode()
-    tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
-    assert tracer is not None
+    tracer: Any = proxy_tensor._CURRENT_MAKE_FX_TRACER
     with proxy_tensor.disable_proxy_modes_tracing():
         pieces = [x.narrow(0, 0, x.shape[0] // n) for x in sliced]
     body = tracer.trace_subgraph(lambda *xs: fn(list(xs)), *pieces, *whole)

@@ -8,6 +8,7 @@ Two ranks have one order only: there gloo's all-reduce gives them too, and is fa
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Final
 
@@ -92,18 +93,13 @@ def _folded(graph: Graph, received: Node, n: int, like: Node) -> Node:
     sizes = [value.shape[0] // n] * n
     parts = ir.emit(graph, aten.split_with_sizes.default, received, sizes, like=like)
     narrow = value.dtype.is_floating_point and value.dtype.itemsize < 4
-    total: Node | None = None
-    for i in range(n):
-        part = ir.emit(graph, operator.getitem, parts, i, like=like)
-        if narrow:
-            part = _cast(graph, part, torch.float32)
-        total = part if total is None else _added(graph, total, part, like)
-    assert total is not None
+    items = [ir.emit(graph, operator.getitem, parts, i, like=like) for i in range(n)]
+    if narrow:
+        items = [_cast(graph, item, torch.float32) for item in items]
+    total = functools.reduce(
+        lambda a, b: ir.emit(graph, aten.add.Tensor, a, b, like=like), items
+    )
     return _cast(graph, total, value.dtype) if narrow else total
-
-
-def _added(graph: Graph, a: Node, b: Node, like: Node) -> Node:
-    return ir.emit(graph, aten.add.Tensor, a, b, like=like)
 
 
 def _cast(graph: Graph, x: Node, dtype: torch.dtype) -> Node:
