@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import zfunc as zf
 from tests.laws import patches
+from tests.laws import program_patches as programs
 from tests.laws import test_keys as keys
 from tests.laws import test_l1_commuting_square as l1
 from tests.laws import test_l2_placement as l2
@@ -26,6 +27,7 @@ from tests.laws import test_l6_resume as l6
 from tests.laws import test_l7_donate as l7
 from tests.laws import test_l10_round_trip as l10
 from tests.laws import test_l11_moments as l11
+from tests.laws import test_l15_jit as l15
 from tests.laws import test_low_precision as low
 from tests.laws.cases import Case, cases, keyed_loss
 from zfunc.core.tree import tree_map
@@ -73,6 +75,11 @@ LAWS = {
         "nothing written over", (cases(mesh_shapes=l7.ONE_RANK),), l7.check_shared
     ),
     "L7 dead": Law("donated is dead", (cases(mesh_shapes=l7.ONE_RANK),), l7.check_dead),
+    "L7 jit": Law(
+        "given to a program is dead",
+        (cases(mesh_shapes=l7.ONE_RANK, num_steps=1), st.just(zf.jit)),
+        l7.check_dead,
+    ),
     "L7 pure": Law("pure", (cases(num_steps=1),), l7.check_pure),
     "L10": Law("round trip", (cases().map(Case.shard),), l10.check_ranks),
     "L11": Law(
@@ -80,6 +87,42 @@ LAWS = {
         (cases(num_steps=1),),
         lambda case: l11.check(case, case.recipe.tx()),
     ),
+    "L15": Law(
+        "jit is the step",
+        (
+            cases(
+                mesh_shapes=l15.ONE_RANK,
+                num_steps=1,
+                num_microbatches=st.integers(2, 3),
+            ),
+            l15.POLICIES,
+        ),
+        l15.check_here,
+    ),
+    "L15 ranks": Law(
+        "passes change no bit",
+        (
+            cases(
+                mesh_shapes=st.just({"data": 3}),
+                zero=3,
+                num_microbatches=1,
+                num_steps=1,
+                persistence_threshold=0,
+            ),
+        ),
+        l15.check,
+    ),
+    "L15 gathers": Law(
+        "regathered in the backward",
+        (cases(zero=3, mesh_shapes=l15.RANKS, num_steps=1),),
+        l15.check_regathered,
+    ),
+    "L15 scatters": Law(
+        "reduced early",
+        (cases(zero=2, mesh_shapes=l15.RANKS, num_steps=1),),
+        l15.check_early,
+    ),
+    "L15 size": Law("size", (st.integers(0, 3),), l15.check_size),
     "keys": Law("keys", (cases(weighted=False), st.integers(0, 9)), keys.check),
     "fresh keys": Law(
         "a key per step and sample", (st.integers(0, 9),), keys.check_fresh
@@ -123,6 +166,19 @@ MUTANTS = (
     Mutant("L7 pure", patches.pure_step_writes_in_place),
     Mutant("L10", patches.rank_is_identity),
     Mutant("L11", patches.moments_in_another_leaf_order),
+    Mutant("L7 jit", programs.jit_leaves_the_old_state_alive),
+    Mutant("L15", programs.loop_drops_the_last_microbatch),
+    Mutant("L15", programs.casts_taken_for_layouts),
+    Mutant("L15 ranks", programs.released_before_the_last_use),
+    Mutant("L15 ranks", programs.missing_wait),
+    Mutant("L15 ranks", programs.regathered_from_a_stale_shard),
+    Mutant("L15 ranks", programs.bucket_order_swapped_on_one_rank),
+    Mutant("L15 ranks", programs.prefetch_on_one_rank_only),
+    Mutant("L15 ranks", programs.scattered_before_the_last_summand),
+    Mutant("L15 ranks", programs.ranks_added_up_in_reverse),
+    Mutant("L15 gathers", programs.regather_merged_into_the_forward_gather),
+    Mutant("L15 scatters", programs.reduced_at_the_end),
+    Mutant("L15 size", programs.loop_unrolled),
     Mutant("keys", patches.no_rank_in_the_sample_index),
     Mutant("keys", patches.microbatch_samples_counted_from_0),
     Mutant("fresh keys", patches.one_key_for_all_steps),
@@ -201,7 +257,7 @@ def described(value: Any) -> str:
 
 def row(mutant: Mutant, kill: Kill | None) -> str:
     """A line of the table."""
-    start = f"{mutant.name:<40} {mutant.law:<10} "
+    start = f"{mutant.name:<40} {mutant.law:<12} "
     if kill is None:
         return f"{start}SURVIVED"
     example = ", ".join(map(described, kill.example))
@@ -210,7 +266,7 @@ def row(mutant: Mutant, kill: Kill | None) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'mutant':<40} {'law':<10} {'no.':>3}  example")
+    print(f"{'mutant':<40} {'law':<12} {'no.':>3}  example")
     for mutant in MUTANTS:
         began = time.process_time()
         line = row(mutant, hunt_mutant(mutant))

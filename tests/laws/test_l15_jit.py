@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import zfunc as zf
 from tests.laws.cases import assert_bitwise, cases, examples
 from zfunc.program import ir, passes
+from zfunc.program.passes.chains import is_layout, made_by, read_from
 from zfunc.program.passes.keep_gathered import keep_gathered
 from zfunc.testing import Recipe, lockstep, random_batch, random_tree, simulate
 
@@ -156,6 +157,59 @@ def test_some_passes_in_some_order(case, order):
     check_some(case, order)
 
 
+# --- what the passes are for ---------------------------------------------------------
+
+
+def program_of(case, chosen):
+    """Rank 0's program, from shapes alone."""
+    recipe, mesh = case.recipe, zf.AbstractMesh(case.mesh_shape)
+    params = zf.abstract(case.params)
+    state = zf.shard(params, mesh, tx=recipe.tx(), spec=recipe.spec)
+    ours = zf.tree_map(lambda x: x[0], case.split()[0])
+    return zf.jit(recipe.step(), passes=chosen).lower(state, ours)
+
+
+def check_regathered(case):
+    """At stage 3 nothing that the forward gathers is alive in the backward."""
+    program = program_of(case, passes.DEFAULT)
+    for graph in ir.with_bodies(program.graph):
+        for start in ir.calls_of(graph):
+            if start.target is not ir.ALL_GATHER or ir.phase(start) != "forward":
+                continue
+            whole = read_from(start)
+            users = {user for node in whole for user in node.users} - set(whole)
+            late = [user for user in users if ir.phase(user) == "backward"]
+            assert not late, f"{start} of the forward is used by {late}"
+
+
+def check_early(case):
+    """A gradient is reduced as soon as it exists, if it need not wait for a bucket."""
+    alone = [p for p in passes.DEFAULT if p.__name__ != "bucketed"]
+    program = program_of(case, alone)
+    for graph in ir.with_bodies(program.graph):
+        where = {node: i for i, node in enumerate(graph.nodes)}
+        starts = [n for n in ir.calls_of(graph) if n.target is ir.REDUCE_SCATTER]
+        for start in starts:
+            made = [*made_by(start), start]
+            ready = max(where[n] for node in made for n in node.all_input_nodes)
+            between = [n for n in ir.calls_of(graph) if ready < where[n] < where[start]]
+            free = [n for n in between if is_layout(n) or n.target is ir.WAIT]
+            late = [n for n in between if n not in made and n not in free]
+            assert not late, f"{start} waits while {late} are computed"
+
+
+@examples(0.15)
+@given(cases(zero=3, mesh_shapes=RANKS, num_steps=1))
+def test_nothing_stays_gathered_for_the_backward(case):
+    check_regathered(case)
+
+
+@examples(0.15)
+@given(cases(mesh_shapes=RANKS, num_steps=1))
+def test_gradients_are_reduced_early(case):
+    check_early(case)
+
+
 # --- the size of programs --------------------------------------------------------
 
 
@@ -163,8 +217,8 @@ def num_nodes(graph):
     return sum(len(one.nodes) for one in ir.with_bodies(graph))
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_programs_do_not_grow_with_the_microbatches(zero):
+def check_size(zero):
+    """Eight microbatches make a program that is hardly larger than one's."""
     mesh, chosen = zf.AbstractMesh({"data": 2}), [(), passes.DEFAULT]
     params = zf.abstract(random_tree([torch.Size([7, 3])] * 4, seed=0))
     batch = zf.abstract(random_batch(8, seed=0))
@@ -178,6 +232,11 @@ def test_programs_do_not_grow_with_the_microbatches(zero):
         sizes.append([num_nodes(program.graph) for program in programs])
     for one, eight in zip(*sizes, strict=True):
         assert eight <= 1.2 * one, sizes
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_programs_do_not_grow_with_the_microbatches(zero):
+    check_size(zero)
 
 
 # --- a backward that is wrong on purpose -----------------------------------------

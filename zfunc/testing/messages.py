@@ -96,8 +96,7 @@ class _Rank:
                 values[node] = next(waiting)
                 continue
             place = f"{where}node {i} ({node.name})"
-            if not (ir.is_view(node) or node.target is ir.WAIT):
-                self._check_received([values[n] for n in node.all_input_nodes], place)
+            self._check_there(node, values, place)
             call = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 self._check_none_lost(graph, place)
@@ -153,6 +152,16 @@ class _Rank:
             )
         found.out.copy_(found.result)
         return out
+
+    def _check_there(self, node: Node, values: dict[Node, Any], place: str) -> None:
+        """Raise if an input has been let go of, or is read while it is under way."""
+        gone = [n.name for n in node.all_input_nodes if n not in values]
+        if gone:
+            raise LockstepError(
+                f"rank {self.rank}, {place}: uses {gone[0]}, which was let go of."
+            )
+        if not (ir.is_view(node) or node.target is ir.WAIT):
+            self._check_received([values[n] for n in node.all_input_nodes], place)
 
     def _check_none_lost(self, graph: Graph, place: str) -> None:
         for found in self._pending.values():
