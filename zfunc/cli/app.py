@@ -12,6 +12,7 @@ import typer
 from zfunc.cli.bench import bench_app
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
+from zfunc.cli.plan import plan_command
 
 _RUN, _MODEL, _TRAINING, _END = "Run", "Model", "Training", "At the end"
 _DEFAULT = TrainConfig()
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.command("plan")(plan_command)
 
 
 def _option(name: str, panel: str) -> Any:
@@ -92,6 +94,7 @@ def train(
     precision: Annotated[str, _option("precision", _RUN)] = _DEFAULT.precision,
     microbatches: Annotated[int, _option("microbatches", _RUN)] = _DEFAULT.microbatches,
     remat: Annotated[bool, _option("remat", _RUN)] = _DEFAULT.remat,
+    backend: Annotated[str | None, _option("backend", _RUN)] = None,
     d_model: Annotated[int, _option("d_model", _MODEL)] = _DEFAULT.d_model,
     layers: Annotated[int, _option("layers", _MODEL)] = _DEFAULT.layers,
     heads: Annotated[int, _option("heads", _MODEL)] = _DEFAULT.heads,

@@ -108,7 +108,7 @@ def plan(
 def tokens_of(
     model: Model, request: Request, zero: Zero, chosen: tuple[Pass, ...] | None = None
 ) -> list[Token]:
-    """The moments of the step: of the full trace, or put together from two small ones."""
+    """The moments of the step: of the full trace, or made from two small ones."""
 
     def traced(depth: int | None) -> list[Token]:
         return record(lower(model, request, zero, depth, chosen=chosen))

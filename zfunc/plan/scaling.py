@@ -19,7 +19,6 @@ import numpy as np
 from zfunc.plan.errors import PlanError
 from zfunc.plan.recording import Token
 
-
 _NEVER: Final = 10**9
 _UNLIKE: Final = "the two depths do not differ by repeated parts"
 
@@ -106,8 +105,8 @@ def scaled(
     first, second = depths
     if second != first + 1 or depth < second:
         raise ValueError(f"cannot scale from depths {depths} to {depth}")
-    matched = [[_matched(t) for t in tokens] for tokens in (short, long)]
-    blocks = inserted(*matched, fixed=[t.wide for t in long])
+    first_keys, second_keys = ([_matched(t) for t in ts] for ts in (short, long))
+    blocks = inserted(first_keys, second_keys, [t.wide for t in long])
     result: list[Token] = []
     kept, i = 0, 0
     for block in [*blocks, Block(len(long), len(long))]:
@@ -120,7 +119,7 @@ def scaled(
 
 
 def _matched(token: Token) -> Hashable:
-    """What has to agree in two sequences: all of a token, but for wide ones' numbers."""
+    """What has to agree in two sequences: a token, but for the numbers of a wide one."""
     return (token.key, token.times) if token.wide else token
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from zfunc.program import ir
 from zfunc.program.passes.chains import is_layout
@@ -21,5 +21,13 @@ def sink(graph: Graph, program: Program) -> None:
         gather = node.target is ir.ALL_GATHER or (
             node.target is ir.WAIT and node.args[0].target is ir.ALL_GATHER  # type: ignore[union-attr]
         )
-        if node.users and (gather or is_layout(node)):
+        if node.users and (gather or _is_cheap(node)):
             min(node.users).prepend(node)
+
+
+def _is_cheap(node: Node) -> bool:
+    """A view, or a copy that is no smaller than what it would keep alive."""
+    if not is_layout(node):
+        return False
+    read = sum(map(ir.val_bytes, node.all_input_nodes))
+    return ir.is_view(node) or ir.val_bytes(node) >= read
