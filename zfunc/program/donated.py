@@ -14,6 +14,7 @@ measured, not assumed.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ import torch
 from zfunc.core.sharding import is_sharded
 from zfunc.core.state import Donated, TrainState
 from zfunc.core.tree import PyTree, leaves_with_path, tree_flatten
+from zfunc.program import ir
+from zfunc.program.inplace import written_over
 from zfunc.program.layout import Matched
+from zfunc.program.program import Program
 
 Run = Callable[[list[Any]], list[Any]]
 
@@ -33,39 +37,49 @@ Run = Callable[[list[Any]], list[Any]]
 class Donation:
     """What one program takes over of the states that it is given.
 
-    ``where`` are the positions of the placed leaves of params and moments among the
-    nodes of a call, ``markers`` what is left in them; ``grad_markers`` are for
-    gradients of the structure ``grad_spec``, which is that of the parameters.
-    ``written`` are the positions of the tensors that the program writes over.
+    Attributes:
+      nodes: The positions of the placed leaves of params and moments among the nodes of
+        a call.
+      tensors: Those of their buffers among its tensors.
+      markers: What is left in them.
+      grad_spec: The structure that ``grad_markers`` are for: that of the parameters.
+      grad_markers: What is left of such gradients.
+      written: The positions of the tensors that the program writes over.
+      unused: Those of the donated tensors that it does not read.
     """
 
-    where: tuple[int, ...]
+    nodes: tuple[int, ...]
+    tensors: tuple[int, ...]
     markers: tuple[Donated, ...]
     grad_spec: Any
     grad_markers: tuple[Donated, ...]
     written: tuple[int, ...]
+    unused: tuple[int, ...]
 
     def run(self, run: Run, grads: PyTree, matched: Matched) -> list[Any]:
         """``run`` on the arguments of a call, which it uses up.
 
-        A program that raises before it has written to anything gives the state back,
-        with gradients of zero. For that the buffers which it does not write over are
-        kept until it ends.
+        A program that raises before it has written to anything, or has let go of
+        anything, gives the state back, with gradients of zero.
         """
-        nodes = [matched.nodes[i] for i in self.where]
-        tensors, kept = matched.tensors, [node.buffer for node in nodes]
+        nodes, tensors = [matched.nodes[i] for i in self.nodes], matched.tensors
         dead = self._mark_grads(grads)
         _mark(nodes, self.markers)
+        kept = {i: tensors[i] for i in self.unused}
         written = [tensors[i] for i in self.written]
         before = _versions(written)
         try:
-            for i in held(written, num_holders=3):  # written, kept and tensors
+            for i in held(written, num_holders=2):  # written and tensors
+                kept[self.written[i]] = written[i]
                 tensors[self.written[i]] = written[i].clone()
             return run(tensors)
         except BaseException:
-            if _versions(written) == before:
-                _mark(nodes, kept)
-                _mark(dead, map(torch.zeros_like, kept[: len(dead)]))
+            left: list[Any] = [
+                kept.get(i, tensors[i] if tensors else None) for i in self.tensors
+            ]
+            if _versions(written) == before and all(x is not None for x in left):
+                _mark(nodes, left)
+                _mark(dead, map(torch.zeros_like, left[: len(dead)]))
             raise
 
     def _mark_grads(self, grads: PyTree) -> list[Any]:
@@ -80,28 +94,39 @@ class Donation:
         return []
 
 
-def donation_of(state: TrainState, written: list[int]) -> Donation:
-    """What a program takes over of states like this one.
-
-    Args:
-      state: What the program was made for.
-      written: The positions, among the tensors of a call, of those that the program
-        writes over.
-    """
+def donation_of(state: TrainState, program: Program) -> Donation:
+    """What a program takes over of states like this one."""
     markers = [
         _marker(field, path) if is_sharded(node) else None
         for field, tree in (("params", state.params), ("moments", state.moments))
         for path, node in leaves_with_path(tree, is_sharded)
     ]
     params = leaves_with_path(state.params, is_sharded)
+    # The step counter comes before the parameters.
+    nodes = [i for i, marker in enumerate(markers, 1) if marker is not None]
+    inputs = ir.inputs_of(program.graph)
+    places = [i for i, path in enumerate(program.inputs) if path in program.donated]
+    written = written_over(program.graph)
     return Donation(
-        # The step counter comes before the parameters.
-        tuple(i for i, marker in enumerate(markers, 1) if marker is not None),
+        tuple(nodes),
+        tuple(places),
         tuple(marker for marker in markers if marker is not None),
         tree_flatten(state.params, is_sharded)[1],
         tuple(_marker("grads", path) for path, _ in params),
-        tuple(written),
+        tuple(i for i in places if inputs[i] in written),
+        tuple(i for i in places if not inputs[i].users),
     )
+
+
+def with_donated(program: Program, state: TrainState) -> Program:
+    """The program, told which inputs are its own: the placed params and moments."""
+    paths = [
+        f"{field}/{path}".rstrip("/")
+        for field, tree in (("params", state.params), ("moments", state.moments))
+        for path, node in leaves_with_path(tree, is_sharded)
+        if is_sharded(node)
+    ]
+    return dataclasses.replace(program, donated=frozenset(paths))
 
 
 def held(tensors: list[torch.Tensor], num_holders: int) -> list[int]:
@@ -115,9 +140,11 @@ def held(tensors: list[torch.Tensor], num_holders: int) -> list[int]:
       >>> held(lists[0], num_holders=2)
       [1]
     """
-    probe = [torch.empty(1)]
+    if not tensors:
+        return []
+    probe = [tensors[0].new_empty(1)]
     holders = [list(probe) for _ in range(num_holders - 1)]
-    unheld = _traits(probe)[0]
+    (unheld,) = _traits(probe)
     del holders
     return [i for i, traits in enumerate(_traits(tensors)) if traits != unheld]
 
@@ -129,20 +156,16 @@ def _traits(tensors: list[torch.Tensor]) -> list[tuple[Any, ...]]:
     storage; memory that torch did not allocate, or shares with a process, may be
     reached by what torch cannot count. Inference tensors cannot be written to.
     """
-    found = []
-    for x in tensors:
-        storage = x.untyped_storage()
-        found.append(
-            (
-                sys.getrefcount(x),
-                sys.getrefcount(storage),
-                torch._C._storage_Use_Count(storage._cdata),
-                storage.resizable(),
-                x.is_inference(),
-                x.device.type == "cpu" and storage.is_shared(),
-            )
-        )
-    return found
+    storages = [x.untyped_storage() for x in tensors]
+    columns = (
+        [sys.getrefcount(x) for x in tensors],
+        [sys.getrefcount(storage) for storage in storages],
+        [torch._C._storage_Use_Count(storage._cdata) for storage in storages],
+        [storage.resizable() for storage in storages],
+        [storage.is_shared() for storage in storages],
+        [x.is_inference() for x in tensors],
+    )
+    return list(zip(*columns, strict=True))
 
 
 def _mark(nodes: Iterable[Any], buffers: Iterable[Any]) -> None:
@@ -157,4 +180,7 @@ def _marker(field: str, path: str) -> Donated:
 
 def _versions(tensors: list[torch.Tensor]) -> list[int]:
     """How often each was written to; inference tensors never are."""
-    return [0 if x.is_inference() else x._version for x in tensors]
+    try:
+        return [x._version for x in tensors]
+    except RuntimeError:
+        return [0 if x.is_inference() else x._version for x in tensors]

@@ -20,7 +20,8 @@ from zfunc.core.tree import (
     tree_leaves,
 )
 from zfunc.program import backends
-from zfunc.program.donated import Donation, donation_of
+from zfunc.program.donated import Donation, donation_of, with_donated
+from zfunc.program.inplace import write_over
 from zfunc.program.layout import Layout, Matched, layout_of
 from zfunc.program.passes import DEFAULT
 from zfunc.program.program import Pass, Program
@@ -100,12 +101,13 @@ class Jitted:
 
         State and batch may be abstract, and on an ``AbstractMesh``.
         """
-        program = lowered(
-            self._step, _traceable(self._step, check_usable(state)), batch
-        )
+        state = _traceable(self._step, check_usable(state))
+        program = lowered(self._step, state, batch)
+        if self._donate:
+            program = with_donated(program, state)
         for change in self._passes:
             program = change(program)
-        return program
+        return write_over(program)
 
     def __repr__(self) -> str:
         return f"<jit {self._step!r}>"
@@ -116,7 +118,7 @@ class Jitted:
         return _Executable(
             program.run_by(compile_graph),
             layout_of(state, batch, program.out_spec),
-            donation_of(state, []) if self._donate else None,
+            donation_of(state, program) if self._donate else None,
         )
 
     def _say_why(self, new: _Signature, state: TrainState, batch: PyTree) -> None:

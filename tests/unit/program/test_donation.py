@@ -21,10 +21,17 @@ from tests.unit.core.test_donation import OPTIMIZERS, USES, loss
 from zfunc.core.errors import DonatedBufferError, PlacementError
 from zfunc.core.sharding import Sharded
 from zfunc.core.tree import leaves_with_path, tree_leaves
+from zfunc.program import jit as jit_module
 from zfunc.program.donated import held
-from zfunc.program.jit import jit
+from zfunc.program.passes.batch_updates import batch_updates
 
+IN_PLACE = (batch_updates(),)
 ADAM = zf.optim.chain(zf.optim.clip_by_global_norm(0.1), zf.optim.adamw(0.1))
+
+
+def jit(step, *, donate=True, passes=IN_PLACE):
+    """With the pass that makes programs write over what they are given."""
+    return jit_module.jit(step, donate=donate, passes=passes)
 
 
 def fresh(tx=ADAM, params=None):
@@ -44,14 +51,25 @@ def train(step, state, steps=3):
 # --- the same bits ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("passes", [(), IN_PLACE], ids=["no pass", "in place"])
 @pytest.mark.parametrize("donate", [True, False])
 @pytest.mark.parametrize("up_front", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_same_bits_with_every_optimizer(name, up_front, donate):
+def test_the_same_bits_with_every_optimizer(name, up_front, donate, passes):
     tx = OPTIMIZERS[name]
     step, given = zf.train_step(loss, tx), tx if up_front else None
-    got = train(jit(step, donate=donate), fresh(given))
+    got = train(jit(step, donate=donate, passes=passes), fresh(given))
     assert_bitwise(got, train(step, fresh(given)))
+
+
+def test_parameters_and_moments_stay_where_they_are(program):
+    state = program(fresh(), example_batch())
+    places = [x.data_ptr() for x in tree_leaves((state.params, state.moments))]
+    state = program(state, example_batch())
+    now = tree_leaves((state.params, state.moments))
+    moved = [x for x, p in zip(now, places, strict=True) if x.data_ptr() != p]
+    assert all(x.dim() == 0 for x in moved)  # the counts, which stay readable
+    assert len(moved) <= 2
 
 
 def test_an_undonated_state_is_untouched():

@@ -215,7 +215,7 @@ def test_every_byte_has_its_kind(zero):
     num_ranks, setting = 4, Setting(zero=zero)
     params, batch = mlp_params(32, 6), normal(64, 32)
     found = abstract_program(
-        mlp, params, batch, setting, num_ranks, passes=()
+        mlp, params, batch, setting, num_ranks, passes=(), donate=False
     ).memory_analysis()
     start, end = found.timeline[0].bytes, found.timeline[-1].bytes
     psi = sum(x.nbytes for x in tree_leaves(params))

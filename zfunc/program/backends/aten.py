@@ -76,7 +76,10 @@ class Boxed:
 
 
 def compile_graph(graph: Graph) -> Run:
-    """A function from the list of inputs, which it empties, to the list of outputs."""
+    """A function from the list of inputs, which it empties, to the list of outputs.
+
+    It empties the list as it goes: None is in the place of what it has let go of.
+    """
     writer = _Writer()
     source = writer.source(graph)
     names = dict(writer.names)
@@ -99,28 +102,24 @@ class _Writer:
 
     def source(self, graph: Graph) -> str:
         lines = ["def program(args):"]
-        inputs = [n.name for n in ir.inputs_of(graph)]
-        if inputs:
-            lines.append(f"({', '.join(inputs)},) = args; args.clear()")
+        places = {n: i for i, n in enumerate(ir.inputs_of(graph))}
+        if places:
+            lines.append(f"({', '.join(n.name for n in places)},) = args")
         dying = ir.last_uses(graph)
         used = {n for node in dying for n in dying[node]}
-        unused = [n.name for n in ir.inputs_of(graph) if n not in used]
-        if unused:
-            lines.append(f"del {', '.join(unused)}")
+        lines += _let_go([n for n in places if n not in used], places)
         for node in ir.calls_of(graph):
-            dead = [n.name for n in dying[node]]
+            dead = dying[node] + ([] if node.users else [node])
             if isinstance(node.target, Boxed):
                 lines.append(f"operands = {self.value(node.args)}")
-                lines += [f"del {', '.join(dead)}"] if dead else []
+                lines += _let_go(dying[node], places)
                 lines.append(f"{node.name} = {self.named(node.target.run)}(operands)")
-                dead = []
+                dead = dead[len(dying[node]) :]
             else:
                 lines.append(f"{node.name} = {self.call(node)}")
-            dead += [] if node.users else [node.name]
-            if dead:
-                lines.append(f"del {', '.join(dead)}")
+            lines += _let_go(dead, places)
         outputs = [self.value(n) for n in ir.outputs_of(graph)]
-        lines.append(f"return [{', '.join(outputs)}]")
+        lines += ["args.clear()", f"return [{', '.join(outputs)}]"]
         return "\n    ".join(lines)
 
     def call(self, node: Node) -> str:
@@ -155,3 +154,13 @@ class _Writer:
             self._known[key] = f"c{len(self._known)}_"
             self.names[self._known[key]] = thing  # which keeps its id its own
         return self._known[key]
+
+
+def _let_go(nodes: list[Node], places: dict[Node, int]) -> list[str]:
+    """Source that forgets values, and marks those of the arguments that are among them.
+
+    So whoever called a program that raises sees what it has not let go of.
+    """
+    lines = [f"del {', '.join(n.name for n in nodes)}"] if nodes else []
+    given = [f"args[{places[n]}]" for n in nodes if n in places]
+    return lines + ([f"{' = '.join(given)} = None"] if given else [])
