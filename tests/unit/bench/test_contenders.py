@@ -14,8 +14,11 @@ from zfunc.bench import (
     presets,
 )
 from zfunc.bench.deepspeed_peer import config
+from zfunc.bench.peers import eager
 from zfunc.bench.presets import batches, llama
+from zfunc.bench.result import LOSS_TOLERANCE
 from zfunc.bench.rounds import rotated
+from zfunc.bench.setup import AdamW, Setup
 
 SHARDED = ["zfunc-0", "zfunc-1", "zfunc-2", "zfunc-3", "ddp", "fsdp2"]
 CPU = torch.device("cpu")
@@ -134,6 +137,22 @@ def test_ranks_get_different_batches_and_the_same_again():
     assert torch.equal(torch.stack(mine), torch.stack(again))
     assert not torch.equal(torch.stack(mine), torch.stack(other))
     assert not torch.equal(mine[0], mine[1])
+
+
+def losses(**hyper_parameters):
+    setup = Setup(preset("tiny"), 1, CPU, AdamW(**hyper_parameters))
+    step = eager(setup)
+    return [step(ids).item() for ids in batches(setup.preset, 15, 0, CPU)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 1.01e-3}, {"weight_decay": 0.0}, {"betas": (0.9, 0.99)}]
+)
+def test_the_losses_show_an_optimizer_that_is_a_little_different(wrong):
+    right = losses()
+    assert right[-1] < right[0] - 0.1
+    apart = [abs(a - b) for a, b in zip(right, losses(**wrong), strict=True)]
+    assert max(apart) > 5 * LOSS_TOLERANCE
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
