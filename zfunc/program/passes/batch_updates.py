@@ -23,9 +23,11 @@ from zfunc.program.passes.leaf_calls import Leaf, leaves_of
 from zfunc.program.program import Pass, Program
 
 # Elements. Six float32 chunks fit two caches of 1 MiB, and two threads have a grain of
-# work each (32768). Below JOINED a leaf's copies cost less than its launches.
+# work each (32768).
 CHUNK_NUMEL: Final = 2**16
-JOINED_NUMEL: Final = 2**14
+# To join leaves is to copy each column and each result, which costs about two launches
+# for a small leaf. A leaf of more elements than this is better launched alone.
+JOINED_NUMEL: Final = 2**12
 
 
 def batch_updates(
@@ -39,7 +41,8 @@ def batch_updates(
     Args:
       chunk_numel: The elements of a chunk, which all calls of a chain go through before
         the next one.
-      joined_numel: Leaves of at most so many elements are joined to chunks.
+      joined_numel: Leaves of at most so many elements are joined to chunks, where that
+        saves more launches than it needs copies.
     """
 
     def batched(program: Program) -> Program:
@@ -52,7 +55,7 @@ def batch_updates(
         groups = [leaves for leaves in forms.values() if _is_worth_it(leaves)]
         _bring_together(graph, groups)
         calls = [
-            _batched(leaves, _tasks(leaves, chunk_numel, joined_numel), chunk_numel)
+            _batched(leaves, chunk_numel, min(chunk_numel, joined_numel))
             for leaves in groups
         ]
         replaced: dict[Node, Node] = {}
@@ -145,6 +148,24 @@ def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> None:
                 heapq.heappush(ready, rank[user])
 
 
+def _batched(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> Batched:
+    """The call for a group."""
+    chain, sums = _chain(leaves[0])
+    count = len(leaves[0].wanted)
+    copies = chain.num_columns + len(chain.wholes)
+    if len(chain.calls) < 2 * copies:
+        joined_numel = 0
+    return Batched(
+        chain,
+        count,
+        sums,
+        over=((False,) * len(leaves),) * count,
+        strides=tuple(leaf.value.stride() for leaf in leaves),
+        tasks=_tasks(leaves, chunk_numel, joined_numel),
+        chunk_numel=chunk_numel,
+    )
+
+
 def _tasks(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> tuple[Task, ...]:
     """Small leaves joined, as many as fill a chunk; the others one by one."""
     tasks: list[Task] = []
@@ -152,7 +173,7 @@ def _tasks(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> tuple[Tas
     filled = 0
     for i, leaf in enumerate(leaves):
         numel = leaf.value.numel()
-        if numel > min(joined_numel, chunk_numel) or not leaf.value.is_contiguous():
+        if numel > joined_numel or not leaf.value.is_contiguous():
             tasks.append((i,))
             continue
         if filled + numel > chunk_numel:
@@ -161,15 +182,6 @@ def _tasks(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> tuple[Tas
         task.append(i)
         filled += numel
     return tuple(tasks) + ((tuple(task),) if task else ())
-
-
-def _batched(leaves: list[Leaf], tasks: tuple[Task, ...], chunk_numel: int) -> Batched:
-    """The call for a group."""
-    chain, sums = _chain(leaves[0])
-    count = len(leaves[0].wanted)
-    over = ((False,) * len(leaves),) * count
-    strides = tuple(leaf.value.stride() for leaf in leaves)
-    return Batched(chain, count, sums, over, strides, tasks, chunk_numel)
 
 
 def _replace(

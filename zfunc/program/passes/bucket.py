@@ -28,7 +28,7 @@ def bucket(*, bucket_bytes: int | None = None, alone_bytes: int | None = None) -
     Args:
       bucket_bytes: The most that one message gathers or reduces (DeepSpeed's
         ``prefetch_bucket_size`` and ``reduce_bucket_size`` count elements). Default:
-        4 MiB on the CPU, 64 MiB on a GPU.
+        2 MiB on the CPU, 64 MiB on a GPU.
       alone_bytes: Default: 512 KiB on the CPU, 16 MiB on a GPU.
     """
     for name, size in (("bucket_bytes", bucket_bytes), ("alone_bytes", alone_bytes)):
@@ -37,7 +37,7 @@ def bucket(*, bucket_bytes: int | None = None, alone_bytes: int | None = None) -
 
     def bucketed(graph: Graph, program: Program) -> None:
         gpu = program.device_type == "cuda"
-        limit = bucket_bytes or (2**26 if gpu else 2**22)
+        limit = bucket_bytes or default_bucket_bytes(program.device_type)
         alone = alone_bytes or (2**24 if gpu else 2**19)
         for group in _runs(graph, (ir.ALL_GATHER,), limit, alone):
             _merge_gathers(graph, group, program)
@@ -45,6 +45,16 @@ def bucket(*, bucket_bytes: int | None = None, alone_bytes: int | None = None) -
             _merge_reductions(graph, group, program)
 
     return graph_pass(bucketed)
+
+
+def default_bucket_bytes(device_type: str) -> int:
+    """The size of a message: large where bandwidth is, small where latency is.
+
+    Example:
+      >>> default_bucket_bytes("cpu")
+      2097152
+    """
+    return 2**26 if device_type == "cuda" else 2**21
 
 
 def _runs(

@@ -32,17 +32,17 @@ def keep_gathered(*, memory_limit_bytes: int) -> Pass:
         raise ValueError(f"keep_gathered: memory_limit_bytes is a count; got {limit!r}")
 
     def kept(program: Program) -> Program:
-        pairs = _twins(program.graph)
+        pairs = twins(program.graph)
         order = sorted(range(len(pairs)), key=lambda i: _cost_per_benefit(pairs[i]))
         low, high = 0, len(order)
         while low < high:  # the peak grows with every parameter that is kept
             middle = (low + high + 1) // 2
-            trial = _with_kept(program, order[:middle])
+            trial = with_kept(program, order[:middle])
             if trial.memory_analysis().peak_bytes <= limit:
                 low = middle
             else:
                 high = middle - 1
-        return _with_kept(program, order[:low]) if low else program
+        return with_kept(program, order[:low]) if low else program
 
     kept.__name__ = kept.__qualname__ = "keep_gathered"
     return kept
@@ -53,7 +53,7 @@ def _cost_per_benefit(pair: tuple[Node, Node]) -> float:
     return held_bytes / (held_bytes + MESSAGE_BYTES)
 
 
-def _twins(graph: Graph) -> list[tuple[Node, Node]]:
+def twins(graph: Graph) -> list[tuple[Node, Node]]:
     """Gathers of the forward, each with that of the same value in the backward."""
     return [pair for one in ir.with_bodies(graph) for pair in _twins_in(one)]
 
@@ -87,10 +87,10 @@ def _expression(node: Node) -> str:
     return f"{node.target}({args}, {node.kwargs})"
 
 
-def _with_kept(program: Program, chosen: list[int]) -> Program:
+def with_kept(program: Program, chosen: list[int]) -> Program:
     """The program with the chosen pairs sharing the forward's gather."""
     graph = ir.copied(program.graph)
-    pairs = _twins(graph)
+    pairs = twins(graph)
     for i in chosen:
         first, again = pairs[i]
         read = read_from(again)

@@ -6,11 +6,16 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
-from zfunc.program.passes.chains import from_inputs, move_before, wait_of
+from zfunc.program.passes.chains import (
+    from_inputs,
+    move_before,
+    read_from,
+    wait_of,
+)
 from zfunc.program.program import Pass, Program, graph_pass
 
 
-def prefetch(*, gathers: int = 1, scatters: int = 1) -> Pass:
+def prefetch(*, gathers: int = 2, scatters: int = 2) -> Pass:
     """Start gathers some units ahead, and wait for reductions some units late.
 
     Args:
@@ -42,12 +47,15 @@ def _start_early(graph: Graph, ahead: int) -> None:
 def _wait_late(graph: Graph, in_flight: int) -> None:
     kinds = (ir.REDUCE_SCATTER, ir.ALL_REDUCE)
     starts = [n for n in ir.calls_of(graph) if n.target in kinds]
-    for i, start in enumerate(starts):
+    for i, start in enumerate(starts if in_flight else []):
+        for node in reversed(read_from(start)):  # what only looks at the result
+            if ir.is_view(node) and node.users:
+                min(node.users).prepend(node)
         wait = wait_of(start)
         limit: Node | None = None
         if i + in_flight < len(starts):
             limit = starts[i + in_flight]
         users = [*wait.users, *([limit] if limit is not None else [])]
         place = min(users)
-        if in_flight and place > wait:
+        if place > wait:
             place.prepend(wait)
