@@ -65,6 +65,38 @@ class Batched:
                 run.alone(task[0])
         return [x for column in (*run.outputs, *run.sums) for x in column]
 
+    def operand_of(self, result: int) -> tuple[int, int] | None:
+        """The column and the leaf whose successor a result is; None for a sum."""
+        j, leaf = divmod(result, len(self.strides))
+        column = self.chain.wholes[j].column if j < self.num_outputs else None
+        return None if column is None else (column, leaf)
+
+    def extra_bytes(self, *operands: Any) -> int:
+        """The most bytes that a call has at once besides its operands."""
+        columns, chain = operands[: self.chain.num_columns], self.chain
+        sizes = [x.numel() for x in columns[0]]
+        whole_bytes = [chain.calls[w.value].dtype.itemsize for w in chain.wholes]
+        width = min(max(sum(sizes[i] for i in t) for t in self.tasks), self.chunk_numel)
+        scratch = width * sum(dtype.itemsize for dtype in chain.scratch)
+        made, most = 0, scratch
+        for task in self.tasks:
+            numel = sum(sizes[i] for i in task)
+            new = sum(
+                sizes[i] * whole_bytes[j]
+                for j in range(self.num_outputs)
+                for i in task
+                if not self.over[j][i]
+            )
+            if len(task) > 1:  # joined: every column, and wholes of their own memory
+                free = [j for j, w in enumerate(chain.wholes) if w.column is None]
+                own = sum(column[0].dtype.itemsize for column in columns)
+                own += sum(whole_bytes[j] for j in free)
+            else:  # what is only summed
+                own = sum(whole_bytes[self.num_outputs :])
+            most = max(most, scratch + made + numel * own + new)
+            made += new
+        return most
+
 
 class _Run:
     """One call of a ``Batched``: its operands, its results, and scratch for a chunk."""
@@ -84,25 +116,40 @@ class _Run:
         self._scratch = [
             first[0].new_empty(self._width, dtype=d) for d in chain.scratch
         ]
+        self._shaped: dict[Any, Tensors] = {}
 
     def alone(self, i: int) -> None:
-        """Run one leaf, a chunk at a time."""
-        batched, wholes = self._batched, []
-        leaves = [_with_strides(c[i], batched.strides[i]) for c in self._columns]
-        pieces = [_flat(leaf).split(batched.chunk_numel) for leaf in leaves]
-        for j, whole in enumerate(self._wholes):
-            if j < batched.num_outputs and batched.over[j][i]:
-                wholes.append(leaves[whole.column or 0])
-                pieces.append(pieces[whole.column or 0])
-            else:
-                wholes.append(torch.empty_like(leaves[0], dtype=self._dtypes[j]))
-                pieces.append(_flat(wholes[j]).split(batched.chunk_numel))
-        for row in zip(*pieces, strict=True):
-            self._launch(row)
+        """Run one leaf, a chunk at a time if it is larger than that."""
+        batched, strides = self._batched, self._batched.strides[i]
+        leaves = [_with_strides(column[i], strides) for column in self._columns]
+        wholes = [
+            leaves[whole.column or 0]
+            if j < batched.num_outputs and batched.over[j][i]
+            else torch.empty_like(leaves[0], dtype=dtype)
+            for j, (whole, dtype) in enumerate(
+                zip(self._wholes, self._dtypes, strict=True)
+            )
+        ]
+        if leaves[0].numel() <= batched.chunk_numel:
+            scratch = self._scratch_like(leaves[0], strides)
+            self._run(*leaves, *wholes, *scratch, *self._scalars)
+        else:
+            chunk = batched.chunk_numel
+            rows = [_flat(x).split(chunk) for x in leaves + wholes]
+            for row in zip(*rows, strict=True):
+                self._launch(row)
         for j, column in enumerate(self.outputs):
             column[i] = wholes[j]
         for j, sums in zip(batched.sums, self.sums, strict=True):
             sums[i] = wholes[j].sum()
+
+    def _scratch_like(self, leaf: torch.Tensor, strides: tuple[int, ...]) -> Tensors:
+        """The scratch in the shape of a leaf: layers have leaves of the same shapes."""
+        key = (leaf.shape, strides)
+        if key not in self._shaped:
+            views = [x.as_strided(leaf.shape, strides) for x in self._scratch]
+            self._shaped[key] = views
+        return self._shaped[key]
 
     def joined(self, task: Task) -> None:
         """Run several leaves as one chunk, and copy the results to where they go."""
