@@ -18,6 +18,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -158,12 +159,12 @@ def _traits(tensors: list[torch.Tensor]) -> list[tuple[Any, ...]]:
     """
     storages = [x.untyped_storage() for x in tensors]
     columns = (
-        [sys.getrefcount(x) for x in tensors],
-        [sys.getrefcount(storage) for storage in storages],
-        [torch._C._storage_Use_Count(storage._cdata) for storage in storages],
-        [storage.resizable() for storage in storages],
-        [storage.is_shared() for storage in storages],
-        [x.is_inference() for x in tensors],
+        map(sys.getrefcount, tensors),
+        map(sys.getrefcount, storages),
+        map(torch._C._storage_Use_Count, map(attrgetter("_cdata"), storages)),
+        map(torch.UntypedStorage.resizable, storages),
+        map(torch.UntypedStorage.is_shared, storages),
+        map(torch.Tensor.is_inference, tensors),
     )
     return list(zip(*columns, strict=True))
 

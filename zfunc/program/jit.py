@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,6 +38,17 @@ class _Signature(NamedTuple):
 
     spec: Any
     leaves: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A leaf that is no tensor: 1, 1.0 and True are equal, but make other programs."""
+
+    kind: type
+    value: Any
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class _Executable(NamedTuple):
@@ -142,7 +154,7 @@ def _traceable(step: TrainStep, state: TrainState) -> TrainState:
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
-    return leaf
+    return _Value(type(leaf), leaf)
 
 
 def _difference(

@@ -9,6 +9,8 @@ optree walk the containers only: a ``Sharded`` node is a leaf here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -19,6 +21,10 @@ from zfunc.core.tree import PyTree, tree_flatten, tree_unflatten
 
 # ``is_sharded`` without a Python frame for every container and leaf.
 _IS_SHARDED: Final = type.__instancecheck__.__get__(Sharded)
+_PLACEMENT: Final = attrgetter("sharding", "global_shape")
+_SHAPE: Final = attrgetter("shape")
+_DTYPE: Final = attrgetter("dtype")
+_DEVICE: Final = attrgetter("device")
 
 
 class Matched(NamedTuple):
@@ -32,8 +38,7 @@ class Shown(NamedTuple):
     """What of the leaves decides which program fits; one list per property."""
 
     placed: list[bool]
-    shardings: list[Any]
-    global_shapes: list[Any]
+    placements: list[Any]
     shapes: list[Any]
     dtypes: list[Any]
     strides: list[Any]
@@ -97,7 +102,6 @@ def _flat(state: TrainState, batch: PyTree) -> tuple[list[Any], Any]:
 
 def _shown(nodes: list[Any]) -> tuple[Shown, list[torch.Tensor]]:
     placed = [type(node) is Sharded for node in nodes]
-    sharded = [node for node, yes in zip(nodes, placed, strict=True) if yes]
     leaves = [
         node.buffer if yes else node for node, yes in zip(nodes, placed, strict=True)
     ]
@@ -109,14 +113,13 @@ def _shown(nodes: list[Any]) -> tuple[Shown, list[torch.Tensor]]:
             for i, x in enumerate(leaves)
             if not isinstance(x, torch.Tensor)
         ]
-    shown = Shown(
+    shown = Shown(  # maps, which cost less than comprehensions
         placed,
-        [node.sharding for node in sharded],
-        [node.global_shape for node in sharded],
-        [x.shape for x in tensors],
-        [x.dtype for x in tensors],
-        [x.stride() for x in tensors],
-        [x.device for x in tensors],
+        list(map(_PLACEMENT, compress(nodes, placed))),
+        list(map(_SHAPE, tensors)),
+        list(map(_DTYPE, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(_DEVICE, tensors)),
         others,
     )
     return shown, tensors

@@ -350,3 +350,12 @@ def test_a_leaf_that_was_swapped_is_noticed(program):
     programs = len(program._cache)
     assert_bitwise(program(state, example_batch()), want)
     assert len(program._cache) == programs + 1
+
+
+def test_equal_numbers_of_other_types_are_other_programs():
+    step = zf.train_step(lambda p, b: (p["w"] * b["n"]).sum(), zf.optim.sgd(0.1))
+    jitted = jit(step, donate=False)
+    state = fresh(zf.optim.sgd(0.1), {"w": randn(3)})
+    for n in (1, True, 1.0, 1, True):
+        assert_bitwise(jitted(state, {"n": n}), step(state, {"n": n}))
+    assert len(jitted._cache) == 3
