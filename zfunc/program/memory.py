@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
@@ -188,6 +189,10 @@ class _Replay:
         for node in ir.calls_of(graph):
             if isinstance(node.target, SumOver):
                 self._loop(node, storages, base.plus(ledger.bytes()))
+            elif extra_bytes := getattr(node.target, "extra_bytes", None):
+                given = torch.fx.map_arg(node.args, lambda n: n.meta["val"])
+                inside = base.plus(BytesByKind(other=extra_bytes(*given)))
+                self._record(self._numbers[node], inside, ledger)
             ledger.hold(held[node])
             if sends(node):  # the message reads its input until it is waited for
                 sent[node] = sum((held[n] for n in node.all_input_nodes), ())

@@ -195,11 +195,26 @@ def _on_the_way(results: list[Node]) -> dict[Node, None]:
         found[node] = None
         if _takes_sum(node):
             continue
-        if _same_numbers(node) or sends(node):
+        if _of_many(node):
+            waiting.extend(_predecessor(node))
+        elif _same_numbers(node) or sends(node):
             waiting.extend(node.all_input_nodes)
         elif node.target is aten.add.Tensor or _scales(node):
             waiting.extend(n for n in node.all_input_nodes if _shape(n) == _shape(node))
     return found
+
+
+def _of_many(node: Node) -> bool:
+    """One of the results of a call over many leaves."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and hasattr(source.target, "operand_of")
+
+
+def _predecessor(node: Node) -> list[Node]:
+    """The leaf that such a result takes the place of."""
+    source: Any = node.args[0]
+    where = source.target.operand_of(node.args[1])
+    return [] if where is None else [source.args[where[0]][where[1]]]
 
 
 def _scales(node: Node) -> bool:

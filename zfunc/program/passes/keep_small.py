@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep small: a model whose weights fit in two messages is not gathered twice.
 
-So much is under way ahead of its use in any case (see ``prefetch``): to let go of it and
-to send it again would buy no memory. (DeepSpeed never gathers tensors of up to 100,000
-elements; here all weights of the loss together decide.)
+So much is under way ahead of its use in any case (see ``prefetch``): to let go of it
+and to send it again would buy no memory. (DeepSpeed never gathers tensors of up to
+100,000 elements; here all weights of the loss together decide.)
 """
 
 from __future__ import annotations
