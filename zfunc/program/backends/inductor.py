@@ -26,6 +26,7 @@ from zfunc.program import ir
 from zfunc.program.backends import aten, pieces
 from zfunc.program.backends.aten import Run
 from zfunc.program.backends.pieces import Piece
+from zfunc.program.backends.unbatched import is_store, unbatched
 from zfunc.transforms.loop import SumOver, sum_calls
 
 logger = logging.getLogger("zfunc.inductor")
@@ -66,13 +67,14 @@ class Compiler:
 
     def program(self, graph: Graph) -> Run:
         """The program as a function that empties the list of its inputs."""
+        graph = unbatched(graph)
         parts = pieces.parts_of(graph)
-        wanted = _outputs_by_key([p for p in parts if isinstance(p, Piece)])
+        wanted = _outputs_by_key(pieces.pieces_of(parts))
         driver = _Driver(graph)
         for part in parts:
             if isinstance(part, Node):
                 driver.add(part, self._target(part))
-            elif wanted[part]:
+            elif wanted[part] or part.stores:
                 driver.add_piece(part, wanted[part], self._piece(part, wanted[part]))
         return aten.compile_graph(driver.finished())
 
@@ -85,8 +87,20 @@ class Compiler:
         self.num_calls += 1
         key = piece.key()
         if key not in self.compiled:
-            self.compiled[key] = compiled_by_inductor(piece.graph(outputs))
+            run = compiled_by_inductor(piece.graph(outputs))
+            columns = [piece.inputs.index(column) for column, _ in piece.stores]
+            self.compiled[key] = _announced(run, columns) if columns else run
         return self.compiled[key]
+
+
+def _announced(run: Run, columns: list[int]) -> Run:
+    """Count a version of the inputs that are written over, as torch's own writes do."""
+
+    def announced(args: list[Any]) -> list[Any]:
+        torch.autograd.graph.increment_version([args[i] for i in columns])
+        return run(args)
+
+    return announced
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +166,8 @@ class _Driver:
 
     def _value(self, node: Node) -> Node:
         """The driver's node for a value; views and items are made on first use."""
+        if is_store(node):
+            return self._value(node.args[0])  # type: ignore[arg-type]
         if node not in self._made:
             self._made[node] = self._graph.node_copy(node, self._value)
         return self._made[node]

@@ -14,6 +14,7 @@ from itertools import groupby
 from torch.fx import Node
 
 from zfunc.program import ir
+from zfunc.program.backends.unbatched import is_store
 
 
 def leaf_by_leaf(
@@ -44,8 +45,8 @@ def _sorted_stretch(
     """
     place = {node: i for i, node in enumerate(calls)}
     read = {node: [n for n in reads(node) if n in place] for node in calls}
-    is_number = {node: _is_number(node) for node in calls}
-    stage = _stages(calls, read, is_number)
+    numbers = {node for node in calls if is_number(node)}
+    stage = _stages(calls, read, numbers)
     leaf = {node: node for node in calls}
 
     def root(node: Node) -> Node:
@@ -56,31 +57,52 @@ def _sorted_stretch(
 
     for node in calls:
         for other in read[node]:
-            if is_number[other] == is_number[node]:
+            if (other in numbers) == (node in numbers):
                 a, b = sorted((root(other), root(node)), key=place.__getitem__)
                 leaf[b] = a
     return sorted(calls, key=lambda n: (stage[n], place[root(n)], place[n]))
 
 
 def _stages(
-    calls: list[Node], read: dict[Node, list[Node]], is_number: dict[Node, bool]
+    calls: list[Node], read: dict[Node, list[Node]], numbers: set[Node]
 ) -> dict[Node, int]:
     """No call is in an earlier stage than what it reads; numbers, leaves, numbers."""
+
+    def step(a: Node, b: Node) -> int:
+        return (a in numbers) != (b in numbers)
+
     stage: dict[Node, int] = {}
     for node in calls:
-        steps = [stage[n] + (is_number[n] != is_number[node]) for n in read[node]]
+        steps = [stage[n] + step(n, node) for n in read[node]]
         stage[node] = max(steps, default=0)
     latest = dict.fromkeys(calls, max(stage.values()))
     for node in reversed(calls):
-        if is_number[node]:
+        if node in numbers:
             latest[node] = stage[node]
         for n in read[node]:
-            limit = latest[node] - (is_number[n] != is_number[node])
-            latest[n] = min(latest[n], limit)
+            latest[n] = min(latest[n], latest[node] - step(n, node))
+    for node in filter(is_store, calls):  # with the value that it writes
+        after = [latest[n] + step(n, node) for n in read[node]]
+        latest[node] = max(after, default=latest[node])
     return latest
 
 
-def _is_number(node: Node) -> bool:
+def number_cuts(calls: list[Node]) -> list[int]:
+    """The places outside of the loss where numbers end and leaves begin.
+
+    A number that is computed in the same piece as the leaves that read it would be
+    computed once for each element of them.
+    """
+    return [
+        i
+        for i in range(1, len(calls))
+        if not (ir.phase(calls[i - 1]) or ir.phase(calls[i]))
+        and is_number(calls[i - 1])
+        and not is_number(calls[i])
+    ]
+
+
+def is_number(node: Node) -> bool:
     """True for arithmetic on single numbers; the sum of a leaf is of that leaf."""
     around = [node, *node.all_input_nodes]
     return all(x.numel() == 1 for n in around for x in ir.tensors_of(n))

@@ -9,7 +9,6 @@ tensors that leave a piece share memory.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,10 @@ import torch
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
-from zfunc.program.backends import order, regions
+from zfunc.program.backends import order, regions, remade
+from zfunc.program.backends.unbatched import is_store
+from zfunc.program.backends.views import is_item, is_view, made_by, readers, sources
+from zfunc.transforms.loop import SumOver
 
 aten = torch.ops.aten
 
@@ -27,18 +29,28 @@ aten = torch.ops.aten
 class Piece:
     """Calls that follow on each other, the values they are given and those they give.
 
-    ``body`` are the piece's calls with the views that they need, in order.
+    ``body`` are the piece's calls with the views that they need, in order, and with
+    those of ``remade``: calls of other pieces that this one makes again. Where these
+    read a value that was written over another, that is read: ``stored`` says which.
     """
 
     calls: list[Node]
+    stored: dict[Node, Node] = field(default_factory=dict)
+    remade: set[Node] = field(default_factory=set)
     body: list[Node] = field(default_factory=list)
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
+
+    @property
+    def stores(self) -> list[tuple[Node, Node]]:
+        """The inputs of the program that the piece writes over, and with what."""
+        return [node.args for node in self.body if is_store(node)]  # type: ignore[misc]
 
     def key(self) -> Any:
         """Equal for pieces that compute the same, whatever their values are called."""
         where = {node: ("input", i) for i, node in enumerate(self.inputs)}
         where |= {node: ("body", i) for i, node in enumerate(self.body)}
+        where = self._with_stored(where)
         given = tuple(described(node) for node in self.inputs)
         return given, tuple(_token(node, where.__getitem__) for node in self.body)
 
@@ -48,14 +60,25 @@ class Piece:
         for i, node in enumerate(self.inputs):
             made[node] = graph.placeholder(f"x{i}")
             made[node].meta["val"] = node.meta["val"]
+        made = self._with_stored(made)
         for i, node in enumerate(self.body):
+            if is_store(node):
+                made[node] = made[node.args[1]]  # type: ignore[index]
+                continue
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), made.__getitem__)
             made[node] = graph.create_node(
                 "call_function", node.target, args, kwargs, f"v{i}"
             )
             made[node].meta["val"] = node.meta["val"]
+        for column, value in self.stores:
+            graph.call_function(aten.copy_.default, (made[column], made[value]))
         graph.output([made[node] for node in outputs])
         return graph
+
+    def _with_stored(self, known: dict[Node, Any]) -> dict[Node, Any]:
+        """What is known of stores, as known of the values that they hold."""
+        held = {v: known[node] for v, node in self.stored.items() if node in known}
+        return held | known
 
 
 Part = Piece | Node
@@ -67,43 +90,32 @@ def parts_of(graph: Graph) -> list[Part]:
     It is cut at the calls that are not compiled, and where layers begin and end, so
     that equal layers are equal pieces.
     """
-    calls = [n for n in ir.calls_of(graph) if not is_view(n) and not _is_item(n)]
-    calls = order.leaf_by_leaf(calls, lambda n: sources(n, calls_only=True), is_fixed)
+    calls = [n for n in ir.calls_of(graph) if not is_view(n) and not is_item(n)]
+    calls = order.leaf_by_leaf(calls, _must_follow, is_fixed)
     parts = list(_with_short_ones_apart(_split(calls, _layer_cuts(calls))))
     home = {node: part for part in parts for node in _calls_of(part)}
-    for part in parts:
-        if isinstance(part, Piece):
-            _complete(part, home)
+    stored = _settle_stores(parts, home)
+    for piece in pieces_of(parts):
+        piece.stored = {v: n for v, n in stored.items() if home.get(v) is not piece}
+        _complete(piece, home)
+    _remake(graph, parts, home)
+    for piece in pieces_of(parts):
+        _complete(piece, home)
     _find_outputs(graph, parts, home)
     return parts
 
 
-def is_view(node: Node) -> bool:
-    """True for a node that any part may compute again, as it only looks at memory."""
-    if _is_item(node):
-        return is_view(node.args[0])  # type: ignore[arg-type]
-    return node.target is aten._unsafe_view.default or ir.is_view(node)
+def pieces_of(parts: list[Part]) -> list[Piece]:
+    """The pieces among the parts of a program."""
+    return [part for part in parts if isinstance(part, Piece)]
 
 
 def is_fixed(node: Node) -> bool:
     """True for a call that is left to run as it is."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return True
+        return not is_store(node)
     return target.namespace != "aten" or target._schema.is_mutable or _draws(node)
-
-
-def sources(node: Node, *, calls_only: bool = False) -> list[Node]:
-    """What a node reads, seen through views: inputs of the program and calls."""
-    found: dict[Node, None] = {}
-    todo = list(node.all_input_nodes)
-    while todo:
-        read = todo.pop()
-        if is_view(read) or (calls_only and _is_item(read)):
-            todo += read.all_input_nodes
-        elif not (calls_only and read.op == "placeholder"):
-            found[read] = None
-    return list(found)
 
 
 def described(node: Node) -> Any:
@@ -111,10 +123,6 @@ def described(node: Node) -> Any:
     return tuple(
         (x.dtype, tuple(x.shape), x.stride(), x.device) for x in ir.tensors_of(node)
     )
-
-
-def _is_item(node: Node) -> bool:
-    return node.target is operator.getitem
 
 
 def _draws(node: Node) -> bool:
@@ -152,7 +160,7 @@ def _layer_cuts(calls: list[Node]) -> set[int]:
     place = {node: i for i, node in enumerate(calls)}
     row = regions.numbered([_token(node, lambda _: None) for node in calls])
     reads = [[place[n] for n in sources(node, calls_only=True)] for node in calls]
-    return set(regions.cuts(row, reads))
+    return {*regions.cuts(row, reads), *order.number_cuts(calls)}
 
 
 def _split(calls: list[Node], cuts: set[int]) -> Iterator[Part]:
@@ -185,41 +193,99 @@ def _calls_of(part: Part) -> list[Node]:
 def _complete(piece: Piece, home: dict[Node, Part]) -> None:
     """Add the views that a piece's calls need, and find its inputs."""
     seen: set[Node] = set()
+    piece.body, piece.inputs = [], []
 
     def add(node: Node) -> None:
         if node in seen:
             return
         seen.add(node)
-        inside = home.get(_made_by(node)) is piece
+        inside = home.get(made_by(node)) is piece or node in piece.remade
         if not inside and not is_view(node):
             piece.inputs.append(node)
             return
         for read in node.all_input_nodes:
-            add(read)
+            add(piece.stored.get(read, read))
         piece.body.append(node)
 
     for node in piece.calls:
         add(node)
         for user in node.users:
-            if _is_item(user):
+            if is_item(user):
                 add(user)
 
 
-def _made_by(node: Node) -> Node:
-    """The call whose result a node is, or is an item of."""
-    return node.args[0] if _is_item(node) else node  # type: ignore[return-value]
+def _settle_stores(parts: list[Part], home: dict[Node, Part]) -> dict[Node, Node]:
+    """Leave a stored value in one place, from which all other parts read it.
+
+    A piece does not write over a value that it makes: it need not keep it at all.
+    Returns the store of each stored value.
+    """
+    stored: dict[Node, Node] = {}
+    for piece in pieces_of(parts):
+        for node in [n for n in piece.calls if is_store(n)]:
+            column: Any = node.args[0]
+            value: Any = node.args[1]
+            if home.get(made_by(column)) is piece:
+                node.replace_all_uses_with(value)
+                piece.calls.remove(node)
+                continue
+            stored[value] = node
+            for user in list(value.users):
+                if home.get(user) is not piece:
+                    user.replace_input_with(value, node)
+    return stored
 
 
 def _find_outputs(graph: Graph, parts: list[Part], home: dict[Node, Part]) -> None:
-    read: dict[Node, None] = {}
-    for part in parts:
-        if isinstance(part, Piece):
-            read.update(dict.fromkeys(part.inputs))
-        else:
-            read.update(dict.fromkeys(sources(part)))
-    end = next(iter(reversed(graph.nodes)))
-    read.update(dict.fromkeys(sources(end)))
-    for node in read:
-        origin = home.get(_made_by(node))
-        if isinstance(origin, Piece):
+    read = [node for piece in pieces_of(parts) for node in piece.inputs]
+    for node in dict.fromkeys([*read, *_read_apart(graph, parts)]):
+        origin = home.get(made_by(node))
+        if isinstance(origin, Piece) and not is_store(node):
             origin.outputs.append(node)
+
+
+def _read_apart(graph: Graph, parts: list[Part]) -> list[Node]:
+    """What is read by the calls that are not compiled, and what is returned."""
+    end = next(iter(reversed(graph.nodes)))
+    apart = [part for part in parts if isinstance(part, Node)]
+    return [source for node in [*apart, end] for source in sources(node)]
+
+
+def _remake(graph: Graph, parts: list[Part], home: dict[Node, Part]) -> None:
+    number = {part: i for i, part in enumerate(parts)}
+    place = {node: number[part] for node, part in home.items()}
+    place |= {n: place[made_by(n)] for n in graph.nodes if made_by(n) in place}
+    written: dict[Node, int] = {}
+    for i, part in enumerate(parts):
+        for node in _calls_of(part):
+            for source in _written_by(node):
+                written.setdefault(source, i)
+    by_number = {number[p]: p for p in pieces_of(parts)}
+    given = {i: dict.fromkeys(piece.inputs) for i, piece in by_number.items()}
+    kept = frozenset(_read_apart(graph, parts))
+    stored = {v: n for piece in by_number.values() for v, n in piece.stored.items()}
+
+    def reads(node: Node) -> list[Node]:
+        return [stored.get(source, source) for source in sources(node)]
+
+    places = remade.Places(place, given, kept, written, reads, readers)
+    for i, calls in remade.values_to_remake(places).items():
+        by_number[i].remade = calls
+
+
+def _written_by(node: Node) -> list[Node]:
+    """What a call may write over."""
+    target = node.target
+    if is_store(node):
+        return [node.args[0]]  # type: ignore[list-item]
+    if isinstance(target, torch._ops.OpOverload):
+        return sources(node) if target._schema.is_mutable else []
+    return [] if isinstance(target, SumOver) else sources(node)
+
+
+def _must_follow(node: Node) -> list[Node]:
+    """The calls behind which a call has to stay; a store stays behind all readers."""
+    before = sources(node, calls_only=True)
+    if is_store(node):
+        before += [n for n in readers(node.args[0]) if n is not node]  # type: ignore[arg-type]
+    return before
