@@ -119,7 +119,7 @@ def scaled(
 
 
 def _matched(token: Token) -> Hashable:
-    """What has to agree in two sequences: a token, but for the numbers of a wide one."""
+    """What has to agree in two sequences: all but the numbers of a wide token."""
     return (token.key, token.times) if token.wide else token
 
 
