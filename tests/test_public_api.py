@@ -21,9 +21,10 @@ NAMES = {
         Metrics NamedSharding P PlacementError Policy Program RematError Sharded
         StructureError TraceError TrainState TrainStep Transform ZfuncError abstract
         accumulate all_gather all_to_all axis_index axis_size checkpoint core data
-        donate eval_shape from_dtensor global_norm jit make_mesh models optim partition pmean
-        ppermute precision psum psum_scatter random remat reshard shard testing
-        to_dtensor train_step tree_leaves tree_map unshard value_and_grad
+        donate eval_shape from_dtensor global_norm jit make_mesh models optim
+        partition pmean ppermute precision psum psum_scatter random remat reshard
+        shard testing to_dtensor train_step tree_leaves tree_map unshard
+        value_and_grad
         """,
     "zfunc.optim": """
         GradientTransformation Mask ScaleByAdamMoments ScaleByLearningRateMoments

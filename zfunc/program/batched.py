@@ -74,7 +74,7 @@ class Batched:
     def extra_bytes(self, *operands: Any) -> int:
         """The most bytes that a call has at once besides its operands."""
         columns, chain = operands[: self.chain.num_columns], self.chain
-        sizes = [x.numel() for x in columns[0]]
+        sizes: list[int] = [x.numel() for x in columns[0]]
         whole_bytes = [chain.calls[w.value].dtype.itemsize for w in chain.wholes]
         width = min(max(sum(sizes[i] for i in t) for t in self.tasks), self.chunk_numel)
         scratch = width * sum(dtype.itemsize for dtype in chain.scratch)
@@ -89,7 +89,7 @@ class Batched:
             )
             if len(task) > 1:  # joined: every column, and wholes of their own memory
                 free = [j for j, w in enumerate(chain.wholes) if w.column is None]
-                own = sum(column[0].dtype.itemsize for column in columns)
+                own: int = sum(column[0].dtype.itemsize for column in columns)
                 own += sum(whole_bytes[j] for j in free)
             else:  # what is only summed
                 own = sum(whole_bytes[self.num_outputs :])

@@ -53,7 +53,8 @@ def batch_updates(
         for leaf in leaves_of(graph, program):
             forms[leaf.form()].append(leaf)
         groups = [leaves for leaves in forms.values() if _is_worth_it(leaves)]
-        _bring_together(graph, groups)
+        while groups and (stuck := _bring_together(graph, groups)):
+            groups.remove(min(stuck, key=_numel))
         calls = [
             _batched(leaves, chunk_numel, min(chunk_numel, joined_numel))
             for leaves in groups
@@ -100,18 +101,22 @@ def _is_function(node: Node) -> bool:
 
 def _is_worth_it(leaves: list[Leaf]) -> bool:
     """Not for one call on one small leaf."""
-    numel = sum(leaf.value.numel() for leaf in leaves)
-    return len(leaves) * len(leaves[0].calls) > 2 or numel >= JOINED_NUMEL
+    return len(leaves) * len(leaves[0].calls) > 2 or _numel(leaves) >= JOINED_NUMEL
+
+
+def _numel(leaves: list[Leaf]) -> int:
+    return sum(leaf.value.numel() for leaf in leaves)
 
 
 # --- replacing ---------------------------------------------------------------------
 
 
-def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> None:
+def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> list[list[Leaf]]:
     """Order the graph so that the members of a group follow on each other.
 
     A group goes where its last member was, and what needs one of its values after it;
-    all else keeps its order.
+    all else keeps its order. Returns the groups that cannot be together (the sum of the
+    losses, say, and that of the norms, which depends on it); then nothing has moved.
     """
     home = {
         node: i
@@ -136,16 +141,22 @@ def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> None:
     by_rank = {place: unit for unit, place in rank.items()}
     ready = [rank[unit] for unit, others in needs.items() if not others]
     heapq.heapify(ready)
-    last = next(iter(reversed(graph.nodes)))
+    order: list[Node] = []
+    placed: set[Any] = set()
     while ready:
         unit = by_rank[heapq.heappop(ready)]
-        for node in units[unit]:
-            if node is not last:
-                last.prepend(node)
+        order += units[unit]
+        placed.add(unit)
         for user in needed_by[unit]:
             needs[user].discard(unit)
             if not needs[user]:
                 heapq.heappush(ready, rank[user])
+    stuck = [leaves for i, leaves in enumerate(groups) if i not in placed]
+    last = next(iter(reversed(graph.nodes)))
+    for node in order if not stuck else ():
+        if node is not last:
+            last.prepend(node)
+    return stuck
 
 
 def _batched(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> Batched:
