@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``batch_updates``: the optimizer in few launches and in place, to the same bit."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -311,6 +313,54 @@ def test_results_are_tensors_of_their_own():
         storages = {x.untyped_storage()._cdata for x in leaves}
         assert len(storages) == len(leaves)
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in leaves)
+
+
+def test_leaves_of_one_form_that_depend_on_each_other():
+    """The same call on a second leaf, of what all of the first leaf's result is."""
+
+    def second_after_first(updates, params):
+        first = {"a": updates["a"] * 2.0 * 0.1}
+        total = first["a"].sum()
+        full = total.exp().expand(updates["b"].shape).clone()
+        return first | {"b": full * 2.0 * 0.1}
+
+    def chained(updates, params):
+        a = updates["a"] * 2.0 * 0.1
+        b = torch.cumsum(a, 0).abs() * 2.0 * 0.1
+        return {"a": a, "b": torch.cumsum(b, 0).abs() * 2.0 * 0.1}
+
+    for update in (second_after_first, chained):
+        tx = o.chain(o.base.stateless("one after the other", plain(update)), o.sgd(0.1))
+        params = {"a": normal((5, 4)), "b": normal((5, 4), 1)}
+        program = check(tx, params, passes=(batch_updates(),))
+        assert batched_calls(program)
+
+
+def test_programs_that_write_in_place_stay_as_they_are():
+    def written(updates, params):
+        doubled = {k: x * 2.0 + 1.0 for k, x in updates.items()}
+        for k, x in updates.items():
+            doubled[k] = doubled[k] + (x - 1.0) * 3.0
+            kept = x.clone()
+            more = kept * 4.0
+            kept.mul_(0.0)
+            doubled[k] = doubled[k] + more + kept
+        return doubled
+
+    tx = o.chain(o.base.stateless("in place", plain(written)), o.sgd(0.1))
+    program = check(tx, params_of(SHAPES), passes=(batch_updates(),))
+    assert not batched_calls(program)
+
+
+def plain(update):
+    """An update of buffers as one of placed leaves."""
+
+    def placed(updates, params):
+        buffers = {k: x.buffer for k, x in updates.items()}
+        made = update(buffers, params)
+        return {k: dataclasses.replace(updates[k], buffer=x) for k, x in made.items()}
+
+    return placed
 
 
 # --- how many -------------------------------------------------------------------

@@ -35,8 +35,9 @@ def batch_updates(
 ) -> Pass:
     """Run the elementwise calls outside of the loss in chunks of many leaves.
 
-    Calls on leaves of other strides than their moments stay as they are. The last pass:
-    what it makes, others leave alone.
+    Calls on leaves of other strides than their moments stay as they are, and so do
+    programs that write in place outside of the loss. The last pass: what it makes,
+    others leave alone.
 
     Args:
       chunk_numel: The elements of a chunk, which all calls of a chain go through before
@@ -47,14 +48,15 @@ def batch_updates(
 
     def batched(program: Program) -> Program:
         """Run the elementwise calls outside of the loss in chunks of many leaves."""
+        if any(_writes(n) for n in ir.calls_of(program.graph) if not ir.phase(n)):
+            return program  # its order is more than its edges
         graph = ir.copied(program.graph)
         _share(graph)
         forms = defaultdict[Any, list[Leaf]](list)
         for leaf in leaves_of(graph, program):
             forms[leaf.form()].append(leaf)
         groups = [leaves for leaves in forms.values() if _is_worth_it(leaves)]
-        while groups and (stuck := _bring_together(graph, groups)):
-            groups.remove(min(stuck, key=_numel))
+        _bring_together(graph, groups)
         calls = [
             _batched(leaves, chunk_numel, min(chunk_numel, joined_numel))
             for leaves in groups
@@ -88,12 +90,16 @@ def _share(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def _writes(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
 def _is_function(node: Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
         and target.namespace == "aten"
-        and not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
         and not str(target._opname).startswith(("empty", "new_empty"))
     )
@@ -101,22 +107,19 @@ def _is_function(node: Node) -> bool:
 
 def _is_worth_it(leaves: list[Leaf]) -> bool:
     """Not for one call on one small leaf."""
-    return len(leaves) * len(leaves[0].calls) > 2 or _numel(leaves) >= JOINED_NUMEL
-
-
-def _numel(leaves: list[Leaf]) -> int:
-    return sum(leaf.value.numel() for leaf in leaves)
+    numel = sum(leaf.value.numel() for leaf in leaves)
+    return len(leaves) * len(leaves[0].calls) > 2 or numel >= JOINED_NUMEL
 
 
 # --- replacing ---------------------------------------------------------------------
 
 
-def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> list[list[Leaf]]:
+def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> None:
     """Order the graph so that the members of a group follow on each other.
 
     A group goes where its last member was, and what needs one of its values after it;
-    all else keeps its order. Returns the groups that cannot be together (the sum of the
-    losses, say, and that of the norms, which depends on it); then nothing has moved.
+    all else keeps its order. (Groups are of one stage, so none needs itself through
+    another.)
     """
     home = {
         node: i
@@ -141,22 +144,16 @@ def _bring_together(graph: Graph, groups: list[list[Leaf]]) -> list[list[Leaf]]:
     by_rank = {place: unit for unit, place in rank.items()}
     ready = [rank[unit] for unit, others in needs.items() if not others]
     heapq.heapify(ready)
-    order: list[Node] = []
-    placed: set[Any] = set()
+    last = next(iter(reversed(graph.nodes)))
     while ready:
         unit = by_rank[heapq.heappop(ready)]
-        order += units[unit]
-        placed.add(unit)
+        for node in units[unit]:
+            if node is not last:
+                last.prepend(node)
         for user in needed_by[unit]:
             needs[user].discard(unit)
             if not needs[user]:
                 heapq.heappush(ready, rank[user])
-    stuck = [leaves for i, leaves in enumerate(groups) if i not in placed]
-    last = next(iter(reversed(graph.nodes)))
-    for node in order if not stuck else ():
-        if node is not last:
-            last.prepend(node)
-    return stuck
 
 
 def _batched(leaves: list[Leaf], chunk_numel: int, joined_numel: int) -> Batched:

@@ -19,13 +19,14 @@ aten: Final = torch.ops.aten
 
 
 class Leaf(NamedTuple):
-    """The elementwise calls of one stage on one leaf, in order.
+    """The elementwise calls of one ``stage`` on one leaf, in order.
 
     ``columns`` are what they read of its shape, ``scalars`` what they read of shape [].
     ``wanted`` are those that others read, ``over`` the column that each may be written
     over; ``sums`` are the calls that add up one of them.
     """
 
+    stage: int
     calls: tuple[Node, ...]
     columns: tuple[Node, ...]
     scalars: tuple[Node, ...]
@@ -44,11 +45,14 @@ class Leaf(NamedTuple):
         return self.calls[0].meta["val"]  # type: ignore[no-any-return]
 
     def form(self) -> Any:
-        """Equal for leaves that can be batched: the same calls on the same scalars."""
+        """Equal for leaves that can be batched: the same calls on the same scalars.
+
+        In the same stage, or one group might need what another makes of it.
+        """
         dtypes = tuple(n.meta["val"].dtype for n in self.columns)
         kept = tuple(map(self.calls.index, self.wanted))
         summed = tuple(self.calls.index(n.args[0]) for n in self.sums)
-        where = (self.value.device, self.scalars, dtypes)
+        where = (self.stage, self.value.device, self.scalars, dtypes)
         return (*where, tuple(self.described()), kept, self.over, summed)
 
     def described(self) -> list[Call]:
@@ -87,7 +91,7 @@ def leaves_of(graph: Graph, program: Program) -> Iterable[Leaf]:
         paths[node].add(path)
     given = dict(zip(ir.inputs_of(graph), program.inputs, strict=True))
     for calls in parts.of([n for n in ir.calls_of(graph) if n in stages]):
-        leaf = _leaf(calls, paths, given)
+        leaf = _leaf(stages[calls[0]], calls, paths, given)
         shaped = [n.meta["val"] for n in (*leaf.calls, *leaf.columns)]
         if all(x.stride() == shaped[0].stride() for x in shaped) and _dense(shaped[0]):
             yield leaf
@@ -124,7 +128,10 @@ def _shaped(node: Node) -> list[Node]:
 
 
 def _leaf(
-    calls: list[Node], paths: dict[Node, set[str]], given: dict[Node, str]
+    stage: int,
+    calls: list[Node],
+    paths: dict[Node, set[str]],
+    given: dict[Node, str],
 ) -> Leaf:
     inside = set(calls)
     read = dict.fromkeys(n for node in calls for n in node.all_input_nodes)
@@ -135,7 +142,7 @@ def _leaf(
     within = inside.union(sums)
     wanted = [n for n in calls if not within.issuperset(n.users)]
     over = _may_be_over(wanted, columns, paths, given)
-    return Leaf(*map(tuple, (calls, columns, scalars, wanted, over, sums)))  # type: ignore[arg-type]
+    return Leaf(stage, *map(tuple, (calls, columns, scalars, wanted, over, sums)))  # type: ignore[arg-type]
 
 
 def _is_sum(node: Node) -> bool:
