@@ -16,8 +16,10 @@ from zfunc.plan import (
     Request,
     as_json,
     listed,
+    paper_rows,
     plan,
     plot,
+    print_paper,
     print_plan,
     print_suggestion,
     suggest,
@@ -25,6 +27,8 @@ from zfunc.plan import (
 
 _WHAT, _HOW, _OUT = "What is trained", "How", "What is written"
 _STAGES = (0, 1, 2, 3)
+_DEFAULT_RANKS = 64
+_PAPER_WIDTH = 160
 
 
 def _option(text: str, panel: str, **kwargs: Any) -> Any:
@@ -36,7 +40,8 @@ def plan_command(
         str,
         _option("A preset (--list) or your.module:function.", _WHAT),
     ] = "7.5b",
-    ranks: Annotated[int, _option("Size of the mesh axis data.", _HOW)] = 64,
+    ranks: Annotated[int | None, _option("Ranks. [default: 64]", _HOW)] = None,
+    mesh: Annotated[str | None, _option("The same as a mesh: data=1024.", _HOW)] = None,
     zero: Annotated[int | None, _option("One stage only.", _HOW, min=0, max=3)] = None,
     precision: Annotated[str, _option("bf16 or fp32.", _HOW)] = "bf16",
     reduce: Annotated[
@@ -53,6 +58,14 @@ def plan_command(
     ] = False,
     layers: Annotated[int | None, _option("Another depth.", _WHAT)] = None,
     device: Annotated[str, _option("h100, a100 or cpu, for times.", _HOW)] = "h100",
+    wire_gb_per_s: Annotated[
+        float | None,
+        _option(
+            "What a rank sends, for times. [default: NVLink, or of more than 8 ranks "
+            "the network card]",
+            _HOW,
+        ),
+    ] = None,
     memory_gb: Annotated[
         float | None,
         _option("Suggest the cheapest configuration that fits in this.", _HOW),
@@ -66,6 +79,14 @@ def plan_command(
             "--plot", help="A PNG of memory over the step.", rich_help_panel=_OUT
         ),
     ] = None,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="The ZeRO paper's table of model states beside the traced one.",
+            rich_help_panel=_OUT,
+        ),
+    ] = False,
     list_presets: Annotated[
         bool, typer.Option("--list", help="List the presets and stop.")
     ] = False,
@@ -81,7 +102,7 @@ def plan_command(
     try:
         request = Request(
             model=model,
-            ranks=ranks,
+            ranks=_ranks(ranks, mesh),
             precision=precision,  # type: ignore[arg-type] # it is checked there
             reduce=reduce,  # type: ignore[arg-type]
             seq_len=seq_len,
@@ -90,7 +111,11 @@ def plan_command(
             remat=remat,
             layers=layers,
             device=device,
+            wire_gb_per_s=wire_gb_per_s,
         )
+        if paper:
+            _run_paper(request, json)
+            return
         stages = _STAGES if zero is None else (zero,)
         _run(request, stages, memory_gb, json, plot_to)
     except PlanError as error:
@@ -98,6 +123,19 @@ def plan_command(
         stderr.print("[bold red]error:[/] ", end="")
         stderr.print(str(error), markup=False)
         raise typer.Exit(2) from None
+
+
+def _ranks(ranks: int | None, mesh: str | None) -> int:
+    if mesh is None:
+        return _DEFAULT_RANKS if ranks is None else ranks
+    axis, _, size = mesh.partition("=")
+    if axis != "data" or not size.isdecimal():
+        raise PlanError(
+            f"--mesh {mesh}: steps are planned on one axis, data; type --mesh data=1024"
+        )
+    if ranks not in (None, int(size)):
+        raise PlanError(f"--ranks {ranks} --mesh {mesh}: give one of the two")
+    return int(size)
 
 
 def _run(
@@ -115,17 +153,37 @@ def _run(
     start_s = time.perf_counter()
     planned = [plan(request, zero) for zero in stages]  # type: ignore[arg-type]
     limit_bytes = None if memory_gb is None else int(memory_gb * 1e9)
-    suggestion = None if limit_bytes is None else suggest(request, limit_bytes)
-    text = as_json(request, planned, suggestion)
-    if json == "-":
-        typer.echo(text)
-        return
-    console = make_console()
-    print_plan(console, request, planned)
-    if suggestion is not None and limit_bytes is not None:
-        print_suggestion(console, suggestion, limit_bytes)
+    suggestion = None
+    if limit_bytes is not None:
+        suggestion = suggest(request, limit_bytes, planned)
+    wall_s = time.perf_counter() - start_s
     if json is not None:
-        Path(json).write_text(text + "\n")
+        _write(as_json(request, planned, suggestion, wall_s=wall_s), json)
     if plot_to is not None:
         plot(planned, plot_to)
-    console.print(f"traced in {time.perf_counter() - start_s:.1f} s")
+    if json == "-":
+        return
+    console = make_console()
+    print_plan(console, request, planned, limit_bytes)
+    if suggestion is not None and limit_bytes is not None:
+        print_suggestion(console, suggestion, limit_bytes)
+    console.print(f"planned in {wall_s:.1f} s")
+
+
+def _run_paper(request: Request, json: str | None) -> None:
+    start_s = time.perf_counter()
+    rows = list(paper_rows(request))
+    wall_s = time.perf_counter() - start_s
+    if json is not None:
+        _write(as_json(request, [], paper=rows, wall_s=wall_s), json)
+    if json != "-":
+        console = Console(highlight=False, width=_PAPER_WIDTH)
+        print_paper(console, rows)
+        console.print(f"planned in {wall_s:.1f} s")
+
+
+def _write(text: str, where: str) -> None:
+    if where == "-":
+        typer.echo(text)
+    else:
+        Path(where).write_text(text + "\n")

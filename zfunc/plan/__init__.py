@@ -6,11 +6,14 @@ weights in memory, at two small depths, and scales what it finds to the model's 
 """
 
 from zfunc.plan.errors import PlanError as PlanError
+from zfunc.plan.paper import PaperRow as PaperRow
+from zfunc.plan.paper import paper_rows as paper_rows
 from zfunc.plan.planner import Stage as Stage
 from zfunc.plan.planner import plan as plan
 from zfunc.plan.presets import listed as listed
 from zfunc.plan.report import as_json as as_json
 from zfunc.plan.report import plot as plot
+from zfunc.plan.report import print_paper as print_paper
 from zfunc.plan.report import print_plan as print_plan
 from zfunc.plan.report import print_suggestion as print_suggestion
 from zfunc.plan.request import Request as Request

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank needs for a step: memory, bytes on the wire, operations, time."""
+"""``plan``: what the stages of ZeRO need on every rank, from their traced programs."""
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
+import functools
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from zfunc.core.tree import tree_leaves
 from zfunc.plan.errors import PlanError
@@ -14,148 +16,169 @@ from zfunc.plan.models import Model, load
 from zfunc.plan.recording import Token, record
 from zfunc.plan.request import Request
 from zfunc.plan.scaling import scaled
-from zfunc.plan.tracing import Zero, lower
-from zfunc.program.comm import sent_bytes
-from zfunc.program.cost import DEVICES, Device
-from zfunc.program.memory import BytesByKind
-from zfunc.program.program import Pass
+from zfunc.plan.states import ModelStates, model_states
+from zfunc.plan.totals import Peak, Seconds, comm_rows, peak_of, seconds_of
+from zfunc.plan.tracing import Zero, lower, passes_of
+from zfunc.program.comm import CommRow
 
-# Deeper models are put together from programs of these depths.
-_DEPTHS: Final = (2, 3)
+logger = logging.getLogger("zfunc.plan")
+
+# A first and a last layer, and one more between them.
+DEPTHS: Final = (2, 3)
+STAGES: Final[tuple[Zero, ...]] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The plan of one stage of ZeRO, for each rank.
+    """What one stage of ZeRO needs on one rank.
 
     Args:
       zero: The stage.
-      num_params: Of the whole model.
-      model_states_bytes: Stored parameters and moments, the weights that are held
-        through the step (at the end of the forward; none at stage 3, which holds them
-        from use to use) and gradients (at the end of the backward): what the ZeRO paper
-        counts, without activations and buffers.
-      peak: Most live bytes at once, by kind.
-      peak_at: What is computed then.
-      sent_bytes: On the wire in a step, by collective and dtype.
-      flops: Of matrix products and attention.
-      moved_bytes: Through memory.
-      compute_s: Roofline time of the device for them.
-      comm_s: Time of the wire for what is sent.
-      timeline: Live bytes by kind, moment by moment.
+      num_params: Parameters of the whole model (elements).
+      states: Model states, in bytes.
+      peak: The most bytes that are alive at once, and when.
+      comm: Messages by collective and dtype, as ``Program.comm_analysis`` has them.
+      flops: Operations of matrix products and attention in a step.
+      moved_bytes: Read from memory and written to it in a step.
+      seconds: Estimated times on the request's device.
+      traced: The numbers of layers that were traced; empty for a model without layers.
+      tokens: The program, moment by moment.
     """
 
-    zero: int
+    zero: Zero
     num_params: int
-    model_states_bytes: int
-    peak: BytesByKind
-    peak_at: str
-    sent_bytes: dict[str, int]
+    states: ModelStates
+    peak: Peak
+    comm: tuple[CommRow, ...]
     flops: int
     moved_bytes: int
-    compute_s: float
-    comm_s: float
-    timeline: tuple[BytesByKind, ...]
+    seconds: Seconds
+    traced: tuple[int, ...]
+    tokens: tuple[Token, ...]
 
     @property
     def peak_bytes(self) -> int:
-        """Most live bytes at once."""
-        return sum(self.peak)
+        """The most bytes that are alive at once."""
+        return self.peak.bytes.total
 
     @property
-    def total_sent_bytes(self) -> int:
-        """Bytes on the wire in a step."""
-        return sum(self.sent_bytes.values())
+    def peak_at(self) -> str:
+        """What is computed at the peak, for people."""
+        return self.tokens[self.peak.place].key
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends in a step."""
+        return sum(row.sent_bytes for row in self.comm)
+
+    @property
+    def wire_elements(self) -> int:
+        r"""Elements of full tensors on the wire: :math:`2 \Psi` at stages 0 to 2.
+
+        An all-reduce counts twice. A rank sends (n - 1) / n of them.
+        """
+        passes = {"all_reduce": 2}
+        return sum(
+            passes.get(row.kind, 1) * row.payload_bytes // itemsize(row.dtype)
+            for row in self.comm
+        )
+
+
+class _Traced(NamedTuple):
+    tokens: list[Token]
+    states: ModelStates
+    num_params: int
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element of a dtype by its short name.
+
+    Example:
+      >>> itemsize("bf16"), itemsize("f32")
+      (2, 4)
+    """
+    return math.ceil(int("".join(c for c in dtype if c.isdigit())) / 8)
 
 
 def plan(
-    request: Request, zero: Zero, *, chosen: tuple[Pass, ...] | None = None
+    request: Request, zero: Zero, *, late: bool = False, check: bool = True
 ) -> Stage:
-    """Trace the step of a request at one stage and read off what a rank needs.
+    """What a stage needs on one rank.
 
     Args:
-      request: The model and the sizes.
+      request: Model, ranks, sizes and precision.
       zero: The stage.
-      chosen: Other passes than those of a plan.
+      late: Reduce gradients after the backward, as the ZeRO paper's stage 1 does.
+      check: Trace a third depth, and if it is not what the first two say, the whole
+        model, however long that takes.
 
     Raises:
-      PlanError: A model that cannot be traced at two small depths.
+      PlanError: There is no such model, or ``request.remat`` of one whose function does
+        not take it.
     """
     model = load(request.model, request.layers)
-    tokens = tokens_of(model, request, zero, chosen)
-    built = model.build(model.depth, request.seq_len, None)
-    num_params = sum(x.numel() for x in tree_leaves(built.params))
-    device = _device(request.device)
-    timeline = _timeline(tokens)
-    sizes = [sum(moment) for moment in timeline]
-    top = sizes.index(max(sizes))
-    sent = _sent(tokens)
-    return Stage(
-        zero,
-        num_params,
-        _model_states(tokens, timeline, zero),
-        timeline[top],
-        tokens[top].key,
-        dict(sent),
-        sum(t.times * t.flops for t in tokens),
-        sum(t.times * t.moved_bytes for t in tokens),
-        sum(t.times * _seconds(t, device) for t in tokens),
-        sum(sent.values()) / device.wire_bytes_per_s,
-        tuple(timeline),
+    if request.remat and not model.takes_remat:
+        raise PlanError(
+            f"--remat: {model.name} takes no parameter remat; give its function one, "
+            "and transform its block with it"
+        )
+    traced = functools.cache(lambda depth: _trace(model, request, zero, late, depth))
+    depth, least = model.depth, DEPTHS[1] + check
+    if depth is not None and depth > least:
+        found = _scaled(traced, depth, check=check)
+        if found is not None:
+            return _stage(zero, found, request, (*DEPTHS, least)[: 2 + check])
+        logger.warning("%s does not repeat layer by layer: traced whole", model.name)
+    return _stage(zero, traced(depth), request, () if depth is None else (depth,))
+
+
+def _scaled(
+    traced: Callable[[int], _Traced], depth: int, *, check: bool
+) -> _Traced | None:
+    """The model at ``depth``; None if its layers do not repeat."""
+    short, long = map(traced, DEPTHS)
+    try:
+        if check:
+            third = traced(DEPTHS[1] + 1)
+            if _at_depth(short, long, DEPTHS[1] + 1) != third:
+                return None
+        return _at_depth(short, long, depth)
+    except PlanError:
+        return None
+
+
+def _at_depth(short: _Traced, long: _Traced, depth: int) -> _Traced:
+    more = depth - DEPTHS[1]
+    return _Traced(
+        scaled(short.tokens, long.tokens, DEPTHS, depth),
+        short.states.scaled(long.states, more),
+        long.num_params + more * (long.num_params - short.num_params),
     )
 
 
-def tokens_of(
-    model: Model, request: Request, zero: Zero, chosen: tuple[Pass, ...] | None = None
-) -> list[Token]:
-    """The moments of the step: of the full trace, or made from two small ones."""
-
-    def traced(depth: int | None) -> list[Token]:
-        return record(lower(model, request, zero, depth, chosen=chosen))
-
-    if model.depth is None or model.depth <= _DEPTHS[1]:
-        return traced(model.depth)
-    short, long = (traced(depth) for depth in _DEPTHS)
-    return scaled(short, long, _DEPTHS, model.depth)
+def _trace(
+    model: Model, request: Request, zero: Zero, late: bool, depth: int | None
+) -> _Traced:
+    found = lower(model, request, zero, depth, chosen=passes_of(late=late))
+    params = model.build(depth, request.seq_len, None).params
+    num_params = sum(leaf.numel() for leaf in tree_leaves(params))
+    # What waits is read before updates are batched, which moves calls about.
+    return _Traced(record(found.program), model_states(found.unbatched), num_params)
 
 
-def _timeline(tokens: list[Token]) -> list[BytesByKind]:
-    now, moments = BytesByKind(), []
-    for token in tokens:
-        now = BytesByKind(*map(operator.add, now, token.delta))
-        moments.append(now)
-    return moments
-
-
-def _model_states(tokens: list[Token], timeline: list[BytesByKind], zero: int) -> int:
-    first = timeline[[" forward " in t.key for t in tokens].index(True)]
-    last = {
-        phase: max(i for i, t in enumerate(tokens) if f" {phase} " in t.key)
-        for phase in ("forward", "backward")
-    }
-    held = timeline[last["forward"]].gathered if zero < 3 else 0
-    grads = timeline[last["backward"]].grads
-    return first.params + first.moments + held + grads
-
-
-def _sent(tokens: list[Token]) -> Counter[str]:
-    payloads: Counter[tuple[str, str, int]] = Counter()
-    for token in tokens:
-        if token.wire is not None:
-            kind, _, n, dtype = token.wire
-            payloads[kind, dtype, n] += token.times * token.payload_bytes
-    found: Counter[str] = Counter()
-    for (kind, dtype, n), payload in payloads.items():
-        found[f"{kind} {dtype}"] += sent_bytes(kind, payload, n)
-    return found
-
-
-def _seconds(token: Token, device: Device) -> float:
-    arithmetic = token.flops / device.flops_per_s
-    return max(arithmetic, token.moved_bytes / device.memory_bytes_per_s)
-
-
-def _device(name: str) -> Device:
-    if name not in DEVICES:
-        raise PlanError(f"--device {name}: must be {', '.join(DEVICES)}")
-    return DEVICES[name]
+def _stage(
+    zero: Zero, found: _Traced, request: Request, traced: tuple[int, ...]
+) -> Stage:
+    tokens = found.tokens
+    return Stage(
+        zero=zero,
+        num_params=found.num_params,
+        states=found.states,
+        peak=peak_of(tokens),
+        comm=comm_rows(tokens),
+        flops=sum(token.times * token.flops for token in tokens),
+        moved_bytes=sum(token.times * token.moved_bytes for token in tokens),
+        seconds=seconds_of(tokens, request.rates),
+        traced=traced,
+        tokens=tuple(tokens),
+    )

@@ -99,7 +99,7 @@ def preset(name: str) -> Preset:
 
     Examples:
       >>> preset("7.5b").num_params
-      7516987392
+      7518692352
       >>> preset("7b")
       Traceback (most recent call last):
       zfunc.plan.errors.PlanError: --model 7b: there is no preset of that name; ...

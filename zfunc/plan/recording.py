@@ -10,8 +10,9 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
@@ -43,22 +44,31 @@ class Token(NamedTuple):
       key: What is called, on which shapes, in which phase. Only the operator where the
         call is about the whole model (``wide``), whose numbers grow with the depth.
       wide: Whether it is.
-      delta: Bytes made since the moment before, less those that were let go.
+      phase: "forward", "backward" or "".
       times: How often it runs in a step.
-      wire: What is sent along; None if nothing is.
+      delta: Bytes made since the moment before, less those that were let go.
+      wire: How a message is sent; None for all other calls.
+      waits_for: Of the messages under way the place of the one that is waited for.
       payload_bytes: Of the full tensors, in one call.
       flops: Floating-point operations in one call.
-      moved_bytes: Read from memory and written to it in one call.
+      moved_bytes: Read from memory and written to it, in one call.
     """
 
     key: str
     wide: bool
-    delta: BytesByKind
+    phase: str
     times: int
+    delta: BytesByKind
     wire: Wire | None = None
+    waits_for: int | None = None
     payload_bytes: int = 0
     flops: int = 0
     moved_bytes: int = 0
+
+    @property
+    def does_something(self) -> bool:
+        """False for a view of what stays alive."""
+        return bool(any(self.numbers) or self.wire or self.waits_for is not None)
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -82,20 +92,40 @@ def record(program: Program) -> list[Token]:
     nodes = {number: node for node, number in reversed(numbered(graph).items())}
     times = dict(calls(graph))
     ends = {node for one in ir.with_bodies(graph) for node in _ends_of_wide(one)}
+    slots = {n: i for one in ir.with_bodies(graph) for n, i in _slots_of_waits(one)}
     tokens: list[Token] = []
     before, previous = BytesByKind(), None
     seen: Counter[int] = Counter()
     for moment in memory_analysis(program).timeline:
         node = nodes[moment.index]
         seen[moment.index] += 1
+        first = seen[moment.index] == 1
         after_wide = previous in ends and node is not previous
         wide = _is_wide(node, seen[moment.index]) or after_wide
         delta = BytesByKind(*map(operator.sub, moment.bytes, before))
-        token = Token(_key(node, wide), wide, delta, times.get(node, 1))
-        first = seen[moment.index] == 1
-        tokens.append(_with_work(token, node, program) if first else token)
+        key, count = _key(node, wide), times.get(node, 1)
+        token = Token(key, wide, ir.phase(node), count, delta)
+        if first and node.op == "call_function":
+            token = _with_work(token._replace(waits_for=slots.get(node)), node, program)
+        if wide or token.does_something:
+            tokens.append(token)
         before, previous = moment.bytes, node
     return tokens
+
+
+def _slots_of_waits(graph: Graph) -> Iterator[tuple[Node, int]]:
+    """Each wait, and which of the messages under way it is for."""
+    under_way: list[Node] = []
+    for node in ir.calls_of(graph):
+        if sends(node):
+            under_way.append(node)
+        elif op_name(node.target) == "wait":
+            start: Any = node.all_input_nodes[0]
+            while start.target is operator.getitem:
+                start = start.args[0]
+            if start in under_way:  # one message may have several results
+                yield node, under_way.index(start)
+                under_way.remove(start)
 
 
 def _is_wide(node: Node, turn: int) -> bool:
@@ -107,9 +137,11 @@ def _is_wide(node: Node, turn: int) -> bool:
 
 
 def _is_whole_model(node: Node) -> bool:
-    return isinstance(node.target, SumOver) or (
-        len(node.all_input_nodes) > _MANY_OPERANDS
+    """A loop, a call that a pass made of many, or one of many operands."""
+    made = node.op == "call_function" and not (
+        isinstance(node.target, OpOverload) or node.target is operator.getitem
     )
+    return made or len(node.all_input_nodes) > _MANY_OPERANDS
 
 
 def _ends_of_wide(graph: Graph) -> Iterator[Node]:
@@ -131,8 +163,6 @@ def _key(node: Node, wide: bool) -> str:
 
 
 def _with_work(token: Token, node: Node, program: Program) -> Token:
-    if node.op != "call_function":
-        return token
     if not sends(node):
         return token._replace(flops=flops_of(node), moved_bytes=moved_bytes(node))
     axis, n = program.axis(ir.group_of(node))

@@ -5,59 +5,99 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
+from zfunc.plan.paper import PaperRow
 from zfunc.plan.planner import Stage
 from zfunc.plan.request import Request
-from zfunc.plan.suggest import Suggestion, command
+from zfunc.plan.suggest import Suggestion, command, transformations
+from zfunc.plan.totals import live_bytes
 
-_PLOT_POINTS = 2000
+SCHEMA: Final = 1
+_PLOT_POINTS: Final = 2000
+
+Row = tuple[str, list[str]]
 
 
-def print_plan(console: Console, request: Request, stages: Sequence[Stage]) -> None:
+def print_plan(
+    console: Console,
+    request: Request,
+    stages: Sequence[Stage],
+    memory_bytes: int | None = None,
+) -> None:
     """The table, one column for each stage; GB are 1e9 bytes."""
-    first = stages[0]
+    billions = stages[0].num_params / 1e9
     console.print(
-        f"{request.model}: {first.num_params / 1e9:.3f} billion parameters on "
-        f"{request.ranks} ranks, {request.precision}, {request.samples_per_rank} x "
-        f"{request.seq_len} tokens per rank in {request.microbatches} microbatches"
+        f"{request.model}: {billions:.3f} billion parameters (Ψ) on {request.ranks} "
+        f"ranks, {request.precision}, {request.samples_per_rank} x {request.seq_len} "
+        f"tokens per rank in {request.microbatches} "
+        f"microbatch{'es' * (request.microbatches > 1)}"
         f"{', recomputed' if request.remat else ''}"
     )
     table = Table("each rank", *[f"ZeRO {s.zero}" for s in stages], box=None)
-    for name, cells in _rows(stages):
+    for name, cells in _rows(stages, memory_bytes):
         table.add_row(name, *cells)
     console.print(table)
 
 
-def _rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
-    def gb(sizes: list[int]) -> list[str]:
-        return [f"{size / 1e9:.3g} GB" for size in sizes]
-
-    rows = [
-        ("model states", gb([s.model_states_bytes for s in stages])),
-        ("peak memory", gb([s.peak_bytes for s in stages])),
-    ]
-    for kind in stages[0].peak._fields:
-        sizes = [getattr(s.peak, kind) for s in stages]
+def _rows(stages: Sequence[Stage], memory_bytes: int | None) -> Iterator[Row]:
+    yield "model states", [_gb(s.states.total) for s in stages]
+    for part in stages[0].states._fields:
+        yield f"  {part}", [_gb(getattr(s.states, part)) for s in stages]
+    yield "peak memory", [_gb(s.peak_bytes) for s in stages]
+    for kind in stages[0].peak.bytes._fields:
+        sizes = [getattr(s.peak.bytes, kind) for s in stages]
         if any(sizes):
-            rows.append((f"  {kind}", gb(sizes)))
-    rows.append(("sent on the wire", gb([s.total_sent_bytes for s in stages])))
-    rows += [
-        ("operations", [f"{s.flops / 1e12:.4g} TFLOP" for s in stages]),
-        ("moved in memory", gb([s.moved_bytes for s in stages])),
-        ("step, overlapped", [_time(max(s.compute_s, s.comm_s)) for s in stages]),
-        ("step, one by one", [_time(s.compute_s + s.comm_s) for s in stages]),
-    ]
-    return rows
+            yield f"  {kind}", [_gb(size) for size in sizes]
+    if memory_bytes is not None:
+        fits = [s.peak_bytes <= memory_bytes for s in stages]
+        yield f"fits in {_gb(memory_bytes)}", ["yes" if f else "no" for f in fits]
+    yield "sent on the wire", [_gb(s.sent_bytes) for s in stages]
+    yield (
+        "  parameters",
+        [f"{s.wire_elements / s.num_params:.2f} Ψ" for s in stages],
+    )
+    yield "operations", [f"{s.flops / 1e12:.4g} TFLOP" for s in stages]
+    yield "moved in memory", [_gb(s.moved_bytes) for s in stages]
+    yield "step, estimated", [_time(s.seconds.step) for s in stages]
+    yield "  computation", [_time(s.seconds.compute) for s in stages]
+    yield "  messages", [_time(s.seconds.comm) for s in stages]
+
+
+def _gb(size_bytes: float) -> str:
+    """Decimal gigabytes: four digits, at most three of them after the point."""
+    gigabytes = size_bytes / 1e9
+    if 0 < gigabytes < 0.0005:
+        return f"{gigabytes:.1e} GB"
+    digits = max(0, 3 - len(str(int(gigabytes)).lstrip("0")))
+    return f"{gigabytes:,.{digits}f} GB"
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def print_paper(console: Console, rows: Sequence[PaperRow]) -> None:
+    """The table of the ZeRO paper, and what traced programs have in its place."""
+    head = ("", "ZeRO paper", "traced", "difference", "of it: parameters", "moments")
+    table = Table(*head, "weights", "gradients", "on the wire", box=None)
+    for row in rows:
+        states, paper = row.stage.states, float(row.paper_bytes)
+        reduced = f"{row.reduce} reductions{', after the backward' * row.late}"
+        table.add_row(
+            f"{row.stage.zero} {row.name}, {reduced}",
+            _gb(paper),
+            _gb(states.total),
+            f"{100 * (states.total / paper - 1):+.2f}%",
+            *[_gb(part) for part in states],
+            f"{row.stage.wire_elements / row.stage.num_params:.2f} Ψ",
+        )
+    console.print(table)
 
 
 def print_suggestion(
@@ -65,53 +105,77 @@ def print_suggestion(
 ) -> None:
     """What to type for a model that fits."""
     request, stage, fits = suggestion
-    peak_gb, limit_gb = stage.peak_bytes / 1e9, memory_bytes / 1e9
+    peak, limit = _gb(stage.peak_bytes), _gb(memory_bytes)
     text = (
-        f"fits in {limit_gb:g} GB with {peak_gb:.3g} GB at the peak"
+        f"fits in {limit}, with {peak} at the peak"
         if fits
-        else f"nothing tried fits in {limit_gb:g} GB; the least is {peak_gb:.3g} GB"
+        else f"nothing tried fits in {limit}; the least is {peak}"
     )
-    console.print(f"{text}:\n  {command(request, stage.zero)}", soft_wrap=True)
+    lines = [
+        f"{text}:",
+        f"  {command(request, stage.zero)}",
+        f"  {transformations(request, stage.zero)}",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
 def as_json(
-    request: Request, stages: Sequence[Stage], suggestion: Suggestion | None
+    request: Request,
+    stages: Sequence[Stage],
+    suggestion: Suggestion | None = None,
+    paper: Sequence[PaperRow] = (),
+    wall_s: float | None = None,
 ) -> str:
-    """All numbers, without the timelines: bytes, seconds, operations.
-
-    ``{"request": {...}, "stages": [{"zero": ..., "peak": {"params": ...}, ...}],
-    "suggestion": {"request", "zero", "peak_bytes", "fits", "command"} or null}``.
-    """
+    """All numbers, without the timelines; the keys are described in docs/plan.md."""
+    rates = request.rates
     document = {
+        "schema": SCHEMA,
         "request": dataclasses.asdict(request),
+        "rates": dataclasses.asdict(rates),
         "stages": [_stage_json(stage) for stage in stages],
         "suggestion": suggestion and _suggestion_json(suggestion),
+        "paper": [_paper_json(row) for row in paper],
+        "wall_s": wall_s,
     }
     return json.dumps(document, indent=2)
 
 
 def _stage_json(stage: Stage) -> dict[str, Any]:
-    named = {
-        f.name: getattr(stage, f.name)
-        for f in dataclasses.fields(stage)
-        if f.name != "timeline"
-    }
-    named["peak"] = stage.peak._asdict()
-    totals = {
+    return {
+        "zero": stage.zero,
+        "num_params": stage.num_params,
+        "model_states": {**stage.states._asdict(), "total": stage.states.total},
         "peak_bytes": stage.peak_bytes,
-        "total_sent_bytes": stage.total_sent_bytes,
+        "peak_by_kind": stage.peak.bytes._asdict(),
+        "peak_at": stage.peak_at,
+        "comm": [dataclasses.asdict(row) for row in stage.comm],
+        "sent_bytes": stage.sent_bytes,
+        "wire_elements": stage.wire_elements,
+        "flops": stage.flops,
+        "moved_bytes": stage.moved_bytes,
+        "seconds": stage.seconds._asdict(),
+        "traced_layers": list(stage.traced),
     }
-    return {**named, **totals}
 
 
 def _suggestion_json(suggestion: Suggestion) -> dict[str, Any]:
     request, stage, fits = suggestion
     return {
-        "request": dataclasses.asdict(request),
-        "zero": stage.zero,
-        "peak_bytes": stage.peak_bytes,
         "fits": fits,
+        "request": dataclasses.asdict(request),
         "command": command(request, stage.zero),
+        "transformations": transformations(request, stage.zero),
+        "stage": _stage_json(stage),
+    }
+
+
+def _paper_json(row: PaperRow) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "reduce": row.reduce,
+        "late": row.late,
+        "paper_bytes": float(row.paper_bytes),
+        "stage": _stage_json(row.stage),
     }
 
 
@@ -121,18 +185,16 @@ def plot(stages: Sequence[Stage], path: Path) -> None:
 
     figure = Figure(figsize=(8, 2.4 * len(stages)), layout="constrained")
     panels = figure.subplots(len(stages), 1, squeeze=False)[:, 0]
+    kinds = stages[0].peak.bytes._fields
     for stage, panel in zip(stages, panels, strict=True):
-        every = max(1, len(stage.timeline) // _PLOT_POINTS)
-        points = range(0, len(stage.timeline), every)
-        columns = {
-            kind: [
-                max(m[i] for m in stage.timeline[p : p + every]) / 1e9 for p in points
-            ]
-            for i, kind in enumerate(stage.peak._fields)
-        }
-        used = {kind: column for kind, column in columns.items() if any(column)}
-        panel.stackplot(points, list(used.values()), labels=list(used))
-        panel.set(ylabel="GB", title=f"ZeRO {stage.zero}")
+        timeline = list(live_bytes(stage.tokens))
+        every = max(1, len(timeline) // _PLOT_POINTS)
+        points = range(0, len(timeline), every)
+        # Of each stretch the moment with most bytes, so that no peak is lost.
+        tops = [max(timeline[p : p + every], key=sum) for p in points]
+        columns = [[top[i] / 1e9 for top in tops] for i in range(len(kinds))]
+        panel.stackplot(points, columns, labels=kinds)
+        panel.set(ylabel="GB", title=f"ZeRO {stage.zero}", xlim=(0, len(timeline)))
     panels[-1].set_xlabel("operations of the step, in order")
     panels[0].legend(loc="upper left", fontsize="small", ncols=4)
     figure.savefig(path, dpi=120)

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -30,16 +29,27 @@ _DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def passes_of(*, late: bool = False) -> tuple[Pass, ...]:
-    """The passes of a plan: those of ``zf.jit`` without buckets.
+    """The passes of a plan: those of ``zf.jit``, small tensors by themselves.
 
-    A bucket joins small tensors of many layers in one message, so a program with
-    buckets has no part that repeats with each layer. The bytes are the same.
+    Buckets, gathers that are kept, and chunks of an update put the small tensors of
+    many layers together as far as they fit. Such a program has no part that repeats
+    with each layer, and small tensors are a small part of it: norms, biases.
 
     Args:
       late: Leave reductions where the step has them, after the backward.
     """
-    without = {"bucket", "bucketed"} | ({"scatter_early"} if late else set())
-    return tuple(p for p in passes.DEFAULT if p.__name__ not in without)
+    without = {"bucketed", "keep_small"} | ({"scatter_early"} if late else set())
+    alone = {"batch_updates": passes.batch_updates(joined_numel=1)}
+    return tuple(
+        alone.get(p.__name__, p) for p in passes.DEFAULT if p.__name__ not in without
+    )
+
+
+class Lowered(NamedTuple):
+    """The program of a step, and the same before its updates were batched."""
+
+    program: Program
+    unbatched: Program
 
 
 def lower(
@@ -49,7 +59,7 @@ def lower(
     depth: int | None,
     *,
     chosen: tuple[Pass, ...] | None = None,
-) -> Program:
+) -> Lowered:
     """The traced step of a model of some depth, after the passes of a plan.
 
     Args:
@@ -60,22 +70,28 @@ def lower(
       chosen: Other passes than ``passes_of()``.
     """
     tx = chain(clip_by_global_norm(1.0), adamw(3e-4))
-    mesh = AbstractMesh({"data": request.ranks})
-    spec = P("data") if zero else P()
-    block: Callable[..., Any] | None = remat if request.remat else None
-    built = model.build(depth, request.seq_len, block)
-    reduce_dtype = _DTYPES[request.reduce]
+    built = model.build(depth, request.seq_len, remat if request.remat else None)
     step = train_step(
         built.loss,
         tx,
-        partition(zero=zero, reduce_dtype=reduce_dtype),
+        partition(zero=zero, reduce_dtype=_DTYPES[request.reduce]),
         precision(request.precision),
         accumulate(request.microbatches),
     )
+    mesh, spec = AbstractMesh({"data": request.ranks}), P("data") if zero else P()
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype), built.params)
         state = shard(params, mesh, tx=tx, spec=spec, dtype=torch.float32)
         batch = built.batch(request.samples_per_rank, request.seq_len)
         batch = tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype), batch)
-    compiled = jit(step, passes=passes_of() if chosen is None else chosen)
-    return compiled.lower(state, batch)
+    unbatched: list[Program] = []
+
+    def keep(program: Program) -> Program:
+        unbatched.append(program)
+        return program
+
+    selected = passes_of() if chosen is None else chosen
+    names = [p.__name__ for p in selected]
+    here = names.index("batch_updates") if "batch_updates" in names else len(names)
+    compiled = jit(step, passes=(*selected[:here], keep, *selected[here:]))
+    return Lowered(compiled.lower(state, batch), unbatched[0])
