@@ -31,7 +31,8 @@ def compile_graph(graph: Graph) -> Run:
       ValueError: the program sends to other ranks, or reads tensors that are not on
         the GPU.
     """
-    _check_recordable(graph)
+    _check_no_messages(graph)
+    _check_on_gpu(graph)
     run = inductor.compile_graph(graph)
     recorded: list[_Recording] = []
 
@@ -93,19 +94,22 @@ def _memory(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((last + 1,), (1,))
 
 
-def _check_recordable(graph: Graph) -> None:
+def _check_no_messages(graph: Graph) -> None:
     for node in itertools.chain.from_iterable(g.nodes for g in ir.with_bodies(graph)):
         if ir.is_collective(node) or node.target is ir.WAIT:
             raise ValueError(
                 f"backend='cudagraph' does not record messages, and this program sends "
                 f"to other ranks ({node.format_node()}): use backend='inductor'."
             )
-        if node.op == "placeholder" and any(
-            x.device.type != "cuda" for x in ir.tensors_of(node)
-        ):
+
+
+def _check_on_gpu(graph: Graph) -> None:
+    for node in ir.inputs_of(graph):
+        value = node.meta["val"]
+        if value.device.type != "cuda":
             raise ValueError(
                 "backend='cudagraph' reads its inputs at fixed places on the GPU, and "
-                f"{node.name} {ir.shape_text(node.meta['val'])} is on "
-                f"{node.meta['val'].device}: move the state and the batch to the GPU "
-                "(make_mesh there, batch.to('cuda')), or use backend='inductor'."
+                f"{node.name} {ir.shape_text(value)} is on {value.device}: move the "
+                "state and the batch to the GPU (make_mesh there, batch.to('cuda')), "
+                "or use backend='inductor'."
             )

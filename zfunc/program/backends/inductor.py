@@ -33,8 +33,6 @@ logger = logging.getLogger("zfunc.inductor")
 
 OPTIONS: Final = MappingProxyType(
     {
-        # jit has compared shapes and strides with those that it traced.
-        "size_asserts": False,
         # What returns to the driver is what the graph says, strides too.
         "keep_output_stride": True,
         "fallback_random": True,
@@ -52,7 +50,7 @@ def compile_graph(graph: Graph) -> Run:
     logger.info(
         "compiled %d pieces, called %d times, in %.1f s",
         len(compiler.compiled),
-        compiler.num_calls,
+        len(compiler.calls),
         time.perf_counter() - began_s,
     )
     return run
@@ -63,7 +61,7 @@ class Compiler:
     """Compiles programs; equal pieces of all of them once."""
 
     compiled: dict[Any, Run] = field(default_factory=dict)
-    num_calls: int = 0
+    calls: list[Run] = field(default_factory=list)
 
     def program(self, graph: Graph) -> Run:
         """The program as a function that empties the list of its inputs."""
@@ -84,12 +82,12 @@ class Compiler:
         return node.target
 
     def _piece(self, piece: Piece, outputs: list[Node]) -> Run:
-        self.num_calls += 1
         key = piece.key()
         if key not in self.compiled:
             run = compiled_by_inductor(piece.graph(outputs))
             columns = [piece.inputs.index(column) for column, _ in piece.stores]
             self.compiled[key] = _announced(run, columns) if columns else run
+        self.calls.append(self.compiled[key])
         return self.compiled[key]
 
 
