@@ -80,6 +80,21 @@ LAWS = {
         (cases(mesh_shapes=l7.ONE_RANK, num_steps=1), st.just(zf.jit)),
         l7.check_dead,
     ),
+    "L7 jit bits": Law(
+        "donating to a program changes no bit",
+        (cases(mesh_shapes=l7.ONE_RANK, num_steps=2),),
+        l7.check_clipped_twice,
+    ),
+    "L7 jit shared": Law(
+        "a program writes nothing over that others see",
+        (cases(mesh_shapes=l7.ONE_RANK, num_steps=2), st.just(zf.jit)),
+        l7.check_shared,
+    ),
+    "L7 jit pure": Law(
+        "a program that does not donate is pure",
+        (cases(mesh_shapes=l7.ONE_RANK, num_steps=1),),
+        l7.check_untouched,
+    ),
     "L7 pure": Law("pure", (cases(num_steps=1),), l7.check_pure),
     "L10": Law("round trip", (cases().map(Case.shard),), l10.check_ranks),
     "L11": Law(
@@ -167,6 +182,9 @@ MUTANTS = (
     Mutant("L10", patches.rank_is_identity),
     Mutant("L11", patches.moments_in_another_leaf_order),
     Mutant("L7 jit", programs.jit_leaves_the_old_state_alive),
+    Mutant("L7 jit bits", programs.written_over_while_in_use),
+    Mutant("L7 jit shared", programs.written_over_while_others_look),
+    Mutant("L7 jit pure", programs.written_over_undonated),
     Mutant("L15", programs.loop_drops_the_last_microbatch),
     Mutant("L15", programs.casts_taken_for_layouts),
     Mutant("L15 ranks", programs.released_before_the_last_use),
@@ -257,7 +275,7 @@ def described(value: Any) -> str:
 
 def row(mutant: Mutant, kill: Kill | None) -> str:
     """A line of the table."""
-    start = f"{mutant.name:<40} {mutant.law:<12} "
+    start = f"{mutant.name:<40} {mutant.law:<13} "
     if kill is None:
         return f"{start}SURVIVED"
     example = ", ".join(map(described, kill.example))
@@ -266,7 +284,7 @@ def row(mutant: Mutant, kill: Kill | None) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'mutant':<40} {'law':<12} {'no.':>3}  example")
+    print(f"{'mutant':<40} {'law':<13} {'no.':>3}  example")
     for mutant in MUTANTS:
         began = time.process_time()
         line = row(mutant, hunt_mutant(mutant))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutants of programs: wrong traces, passes, backends and interpreters of them."""
 
+import dataclasses
 import importlib
 import math
 import operator
@@ -8,23 +9,24 @@ from types import SimpleNamespace
 
 import torch
 
-from zfunc.program import donated, ir, passes
+from zfunc.program import donated, inplace, ir, passes
 from zfunc.program.backends import aten as backend
 from zfunc.program.program import graph_pass
 from zfunc.transforms import loop
 
 # Modules whose package exports a function of the same name.
-bucket, collective_form, prefetch, regather, scatter_early, simplify = (
+bucket, collective_form, leaf_calls, regather, scatter_early, simplify = (
     importlib.import_module(f"zfunc.program.passes.{name}")
     for name in (
         "bucket",
         "collective_form",
-        "prefetch",
+        "leaf_calls",
         "regather",
         "scatter_early",
         "simplify",
     )
 )
+jit = importlib.import_module("zfunc.program.jit")
 aten = torch.ops.aten
 
 
@@ -191,3 +193,22 @@ def casts_taken_for_layouts(patch):
 
 def jit_leaves_the_old_state_alive(patch):
     patch.setattr(donated, "_mark", lambda nodes, buffers: None)
+
+
+def written_over_while_in_use(patch):
+    """A result goes into memory that something reads later on."""
+    patch.setattr(inplace._Memory, "_end", lambda self, user: -1)
+
+
+def written_over_while_others_look(patch):
+    patch.setattr(donated, "held", lambda tensors, num_holders: [])
+
+
+def written_over_undonated(patch):
+    """Every input is taken for the program's own."""
+
+    def all_of_it(program):
+        mine = dataclasses.replace(program, donated=frozenset(program.inputs))
+        return inplace.write_over(mine)
+
+    patch.setattr(jit, "write_over", all_of_it)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import zfunc as zf
 from tests.laws.cases import assert_bitwise, cases, examples
-from zfunc.program import ir, passes
+from zfunc.program import inplace, ir, passes
 from zfunc.program.passes.chains import is_layout, made_by, read_from
 from zfunc.program.passes.keep_gathered import keep_gathered
 from zfunc.testing import Recipe, lockstep, random_batch, random_tree, simulate
@@ -90,7 +90,7 @@ class Traced:
     def after(self, chosen):
         """The state after the batches, by programs that passes have changed."""
         programs = [
-            functools.reduce(lambda p, change: change(p), chosen, program)
+            inplace.write_over(functools.reduce(lambda p, f: f(p), chosen, program))
             for program in self.programs
         ]
         state = self.start
@@ -115,6 +115,11 @@ def keeping(limit_bytes):
     return (passes.sink, passes.regather, keep)
 
 
+def batched(chunk_numel, joined_numel):
+    """The pass with chunks so small, or so large, that leaves are cut, or joined."""
+    return passes.batch_updates(chunk_numel=chunk_numel, joined_numel=joined_numel)
+
+
 def check_each(case):
     """Each pass alone changes no bit."""
     traced = Traced(case)
@@ -122,6 +127,8 @@ def check_each(case):
         traced.check((one,))
     for limit_bytes in (0, 4000, 2**40):
         traced.check(keeping(limit_bytes))
+    for numels in ((1, 1), (4, 2), (2**16, 2**16)):
+        traced.check((passes.simplify, batched(*numels)))
 
 
 def check_some(case, order):
@@ -174,10 +181,13 @@ def program_of(case, chosen):
     return zf.jit(recipe.step(), passes=chosen).lower(state, ours)
 
 
+def without(name):
+    return [p for p in passes.DEFAULT if p.__name__ != name]
+
+
 def check_regathered(case):
     """At stage 3 nothing that the forward gathers is alive in the backward."""
-    large = [p for p in passes.DEFAULT if p.__name__ != "keep_small"]
-    program = program_of(case, large)
+    program = program_of(case, without("keep_small"))
     for graph in ir.with_bodies(program.graph):
         for start in ir.calls_of(graph):
             if start.target is not ir.ALL_GATHER or ir.phase(start) != "forward":
@@ -190,8 +200,7 @@ def check_regathered(case):
 
 def check_early(case):
     """A gradient is reduced as soon as it exists, if it need not wait for a bucket."""
-    alone = [p for p in passes.DEFAULT if p.__name__ != "bucketed"]
-    program = program_of(case, alone)
+    program = program_of(case, without("bucketed"))
     for graph in ir.with_bodies(program.graph):
         where = {node: i for i, node in enumerate(graph.nodes)}
         starts = [n for n in ir.calls_of(graph) if n.target is ir.REDUCE_SCATTER]

@@ -147,7 +147,7 @@ def _is_whole_model(node: Node) -> bool:
 def _ends_of_wide(graph: Graph) -> Iterator[Node]:
     """The nodes after which what the whole model held is let go."""
     for node, dying in ir.last_uses(graph).items():
-        if len(dying) > _MANY_OPERANDS or any(map(_is_whole_model, dying)):
+        if len(dying) > _MANY_OPERANDS or any(map(_is_whole_model, [node, *dying])):
             yield node
 
 

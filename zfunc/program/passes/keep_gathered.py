@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
+from zfunc.program.numbering import Numbers
 from zfunc.program.passes.chains import read_from, wait_of
 from zfunc.program.program import Pass, Program
 
@@ -59,32 +58,18 @@ def twins(graph: Graph) -> list[tuple[Node, Node]]:
 
 
 def _twins_in(graph: Graph) -> list[tuple[Node, Node]]:
-    keys: dict[str, Node] = {}
+    numbers = Numbers()
+    gathered: dict[Node, Node] = {}
     pairs = []
-    for node in ir.calls_of(graph):
+    for node in graph.nodes:
+        value = numbers.first(node)
         if node.target is not ir.ALL_GATHER:
             continue
-        key = _expression(node)
         if ir.phase(node) == "forward":
-            keys.setdefault(key, node)
-        elif ir.phase(node) == "backward" and key in keys:
-            pairs.append((keys[key], node))
+            gathered.setdefault(value, node)
+        elif ir.phase(node) == "backward" and value in gathered:
+            pairs.append((gathered[value], node))
     return pairs
-
-
-def _expression(node: Node) -> str:
-    """What a node computes from the graph's inputs, written out."""
-    if node.op == "placeholder":
-        return node.name
-
-    def one(x: Any) -> Any:
-        return _expression(x) if isinstance(x, Node) else repr(x)
-
-    args = [
-        [one(y) for y in x] if isinstance(x, list | tuple) else one(x)
-        for x in node.args
-    ]
-    return f"{node.target}({args}, {node.kwargs})"
 
 
 def with_kept(program: Program, chosen: list[int]) -> Program:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from zfunc.program import ir
+from zfunc.program.numbering import Numbers
 from zfunc.program.program import Program, graph_pass
 
 aten: Final = torch.ops.aten
@@ -35,13 +36,13 @@ RESHAPES: Final = frozenset({aten.view.default, aten._unsafe_view.default})
 @graph_pass
 def simplify(graph: Graph, program: Program) -> None:
     """Remove what computes nothing; the same values bit for bit."""
-    numbers = _Numbers()
+    numbers = Numbers(ir.phase)
     for node in ir.calls_of(graph):
         same = _same_value(node)
         if same is None and node.target in RESHAPES:
             _look_through(node)
         if same is None:
-            same = numbers.earlier(node)
+            same = _shared(node, numbers.first(node))
         if same is not None:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -94,30 +95,8 @@ def _look_through(node: Node) -> None:
         node.target, inner = aten.view.default, base
 
 
-class _Numbers:
-    """Which nodes compute equal values: a number for each, by what it is made of."""
-
-    def __init__(self) -> None:
-        self.of: dict[Node, int] = {}
-        self.first: dict[Any, Node] = {}
-
-    def earlier(self, node: Node) -> Node | None:
-        """An earlier node of the same value that may be used in this one's place."""
-        first = self.first.setdefault(self._key(node), node)
-        self.of[node] = self.of.get(first, len(self.of))
-        small = ir.val_bytes(node) <= SHARED_BYTES
-        looks_at_the_same = ir.is_view(node) and first.args == node.args
-        shared = first is not node and (small or looks_at_the_same)
-        return first if shared else None
-
-    def _key(self, node: Node) -> Any:
-        target: Any = node.target
-        pure = isinstance(target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded not in target.tags
-        )
-        if not pure and target is not operator.getitem:
-            return node
-        args = torch.fx.map_arg(
-            (node.args, node.kwargs), lambda n: f"%{self.of.get(n, n)}"
-        )
-        return target, repr(args), ir.phase(node)
+def _shared(node: Node, first: Node) -> Node | None:
+    """An earlier node of the same value, if it may be used in this one's place."""
+    small = ir.val_bytes(node) <= SHARED_BYTES
+    looks_at_the_same = ir.is_view(node) and first.args == node.args
+    return first if first is not node and (small or looks_at_the_same) else None
