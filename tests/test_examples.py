@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 import zfunc as zf
+from zfunc.program import passes
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
@@ -141,6 +142,23 @@ def test_checkpoint_and_resume_is_bitwise():
     assert "saved step-00000005: manifest.json, rank-00000.safetensors" in text
     assert "restored step 5 of run 'example', Cursor(epoch=0, position=40" in text
     assert "not interrupted, to the last bit: True" in text
+
+
+PASSES = r"^(\S+|\(as traced\)) +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$"
+
+
+def test_read_the_program_shows_what_passes_do():
+    rows = re.findall(PASSES, example("read_the_program.py"), re.M)
+    names, *columns = zip(*rows, strict=True)
+    nodes, messages, sent, peak, gathered = ([*map(float, c)] for c in columns)
+    assert list(names[1:]) == [p.__name__ for p in passes.DEFAULT]
+    again, bucketed = names.index("regather"), names.index("bucketed")
+    assert nodes[-1] < nodes[0]
+    assert sent[again] == pytest.approx(1.5 * sent[again - 1], rel=0.02)
+    assert gathered[again] < 0.5 * gathered[again - 1]
+    assert peak[again] < peak[again - 1]
+    assert messages[bucketed] < messages[bucketed - 1]
+    assert peak[-1] < 0.9 * peak[0]
 
 
 def test_every_example_is_tested_and_named_in_the_documentation():

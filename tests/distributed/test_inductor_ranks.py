@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inductor backend on real gloo ranks."""
 
 import pytest

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from zfunc.core.tree import tree_leaves
 from zfunc.plan.errors import PlanError
 from zfunc.plan.models import Model, load
-from zfunc.plan.recording import Token, record
+from zfunc.plan.recording import MANY_OPERANDS, Token, record
 from zfunc.plan.request import Request
 from zfunc.plan.scaling import scaled
 from zfunc.plan.states import ModelStates, model_states
@@ -23,8 +23,8 @@ from zfunc.program.comm import CommRow
 
 logger = logging.getLogger("zfunc.plan")
 
-# A first and a last layer, and one more between them.
-DEPTHS: Final = (2, 3)
+# A first and a last layer.
+_LEAST_DEPTH: Final = 2
 STAGES: Final[tuple[Zero, ...]] = (0, 1, 2, 3)
 
 
@@ -123,34 +123,45 @@ def plan(
             "and transform its block with it"
         )
     traced = functools.cache(lambda depth: _trace(model, request, zero, late, depth))
-    depth, least = model.depth, DEPTHS[1] + check
-    if depth is not None and depth > least:
-        found = _scaled(traced, depth, check=check)
+    depth = model.depth
+    if depth is None:
+        return _stage(zero, traced(depth), request, ())
+    first = _first_depth(model, request.seq_len, depth)
+    depths = tuple(range(first, first + 2 + check))
+    if depth > depths[-1]:
+        found = _scaled(traced, depths, depth)
         if found is not None:
-            return _stage(zero, found, request, (*DEPTHS, least)[: 2 + check])
+            return _stage(zero, found, request, depths)
         logger.warning("%s does not repeat layer by layer: traced whole", model.name)
-    return _stage(zero, traced(depth), request, () if depth is None else (depth,))
+    return _stage(zero, traced(depth), request, (depth,))
+
+
+def _first_depth(model: Model, seq_len: int, depth: int) -> int:
+    """The least number of layers of which a call about all parameters is known."""
+    depths = range(_LEAST_DEPTH, depth)
+    counts = ((d, tree_leaves(model.build(d, seq_len, None).params)) for d in depths)
+    return next((d for d, leaves in counts if len(leaves) > MANY_OPERANDS), depth)
 
 
 def _scaled(
-    traced: Callable[[int], _Traced], depth: int, *, check: bool
+    traced: Callable[[int], _Traced], depths: tuple[int, ...], depth: int
 ) -> _Traced | None:
-    """The model at ``depth``; None if its layers do not repeat."""
-    short, long = map(traced, DEPTHS)
+    """The model at ``depth``, from two depths; None if one more, or it, is not so."""
+    first, *third = depths[0], *depths[2:]
+    short, long = traced(first), traced(first + 1)
     try:
-        if check:
-            third = traced(DEPTHS[1] + 1)
-            if _at_depth(short, long, DEPTHS[1] + 1) != third:
-                return None
-        return _at_depth(short, long, depth)
+        if any(_at_depth(short, long, first, d) != traced(d) for d in third):
+            return None
+        return _at_depth(short, long, first, depth)
     except PlanError:
         return None
 
 
-def _at_depth(short: _Traced, long: _Traced, depth: int) -> _Traced:
-    more = depth - DEPTHS[1]
+def _at_depth(short: _Traced, long: _Traced, first: int, depth: int) -> _Traced:
+    """The model at ``depth``, from those with ``first`` layers and with one more."""
+    more = depth - first - 1
     return _Traced(
-        scaled(short.tokens, long.tokens, DEPTHS, depth),
+        scaled(short.tokens, long.tokens, (first, first + 1), depth),
         short.states.scaled(long.states, more),
         long.num_params + more * (long.num_params - short.num_params),
     )

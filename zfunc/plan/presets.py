@@ -102,7 +102,7 @@ def preset(name: str) -> Preset:
       7518692352
       >>> preset("7b")
       Traceback (most recent call last):
-      zfunc.plan.errors.PlanError: --model 7b: there is no preset of that name; ...
+      zfunc.plan.errors.PlanError: --model 7b: there is no preset of that name ...
     """
     for candidate in PRESETS:
         if candidate.name == name:

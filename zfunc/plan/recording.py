@@ -25,7 +25,7 @@ from zfunc.transforms.loop import SumOver
 
 # A call with more operands than this is about the whole model, such as one kernel that
 # updates all parameters.
-_MANY_OPERANDS: Final = 12
+MANY_OPERANDS: Final = 12
 
 
 class Wire(NamedTuple):
@@ -141,13 +141,13 @@ def _is_whole_model(node: Node) -> bool:
     made = node.op == "call_function" and not (
         isinstance(node.target, OpOverload) or node.target is operator.getitem
     )
-    return made or len(node.all_input_nodes) > _MANY_OPERANDS
+    return made or len(node.all_input_nodes) > MANY_OPERANDS
 
 
 def _ends_of_wide(graph: Graph) -> Iterator[Node]:
     """The nodes after which what the whole model held is let go."""
     for node, dying in ir.last_uses(graph).items():
-        if len(dying) > _MANY_OPERANDS or any(map(_is_whole_model, [node, *dying])):
+        if len(dying) > MANY_OPERANDS or any(map(_is_whole_model, [node, *dying])):
             yield node
 
 

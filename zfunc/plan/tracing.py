@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from zfunc.transforms.precision import precision
 from zfunc.transforms.remat import remat
 
 Zero = Literal[0, 1, 2, 3]
-_DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES: Final = MappingProxyType({"bf16": torch.bfloat16, "fp32": torch.float32})
 
 
 def passes_of(*, late: bool = False) -> tuple[Pass, ...]:

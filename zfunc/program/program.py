@@ -101,7 +101,7 @@ class Program:
           >>> state = zf.shard(torch.ones(4), zf.make_mesh({}))
           >>> program = zf.jit(step).lower(state, torch.ones(4))
           >>> program.memory_analysis().by_kind.params
-          32
+          16
         """
         return memory.memory_analysis(self)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inductor backend: where programs are cut, and that the cuts change nothing.
 
 Most tests run the pieces by the aten backend: then the bits are those of the program
