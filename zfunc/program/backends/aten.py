@@ -59,6 +59,29 @@ BINDINGS: Final = MappingProxyType(
 Run = Callable[[list[Any]], list[Any]]
 
 
+def _all_gather(x: torch.Tensor, n: int, group: str) -> torch.Tensor:
+    """All-gather into a tensor that is made here.
+
+    The functional operator makes it in C++. With several messages under way, Python is
+    given it while a thread of gloo counts references to it, and the heap is corrupted:
+    tests/distributed/test_many_messages.py (torch 2.13, 2026-11-21).
+    """
+    out = x.new_empty((n * x.shape[0], *x.shape[1:]))
+    gather = torch.ops._c10d_functional.all_gather_into_tensor_out
+    return gather(x, n, group, out=out)  # type: ignore[no-any-return]
+
+
+def _all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
+    """All-reduce in a copy that is made here; see ``_all_gather``."""
+    reduce = torch.ops._c10d_functional.all_reduce_
+    return reduce(x.clone(), operation, group)  # type: ignore[no-any-return]
+
+
+_ON_CPU: Final = MappingProxyType(
+    {ir.ALL_GATHER: _all_gather, ir.ALL_REDUCE: _all_reduce}
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Boxed:
     """A call that is given its operands as a list, which it empties as it goes.
@@ -131,6 +154,8 @@ class _Writer:
             fn, loop = self.named(sum_calls), self.named(target)
             return f"{fn}({self.named(body)}, {loop}, {operands})"
         fast = BINDINGS.get(target, getattr(target, "_op", target))
+        if target in _ON_CPU and ir.tensors_of(node)[0].device.type == "cpu":
+            fast = _ON_CPU[target]
         parts = [self.value(a) for a in node.args]
         parts += [f"{key}={self.value(v)}" for key, v in node.kwargs.items()]
         return f"{self.named(fast)}({', '.join(parts)})"
