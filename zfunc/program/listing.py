@@ -22,10 +22,12 @@ from zfunc.transforms.loop import SumOver
 _COLLECTIVE_NAMES: Final = MappingProxyType(
     {
         "all_gather_into_tensor": "all_gather",
+        "all_gather_into_tensor_out": "all_gather",
         "all_gather_into_tensor_coalesced": "all_gather",
         "reduce_scatter_tensor": "reduce_scatter",
         "reduce_scatter_tensor_coalesced": "reduce_scatter",
         "all_reduce": "all_reduce",
+        "all_reduce_": "all_reduce",
         "all_reduce_coalesced": "all_reduce",
         "all_to_all_single": "all_to_all",
         "wait_tensor": "wait",

@@ -128,7 +128,7 @@ def test_loops_in_loops():
     [
         (torch.ops.aten.add.Tensor, "aten.add"),
         (torch.ops._c10d_functional.reduce_scatter_tensor.default, "reduce_scatter"),
-        (torch.ops._c10d_functional.all_reduce_.default, "all_reduce_"),
+        (torch.ops._c10d_functional.all_reduce_.default, "all_reduce"),
         (torch.ops._c10d_functional.wait_tensor.default, "wait"),
         (scaled, "scaled"),
         (SumOver(Graph(), 2, 0), "sum_over"),
