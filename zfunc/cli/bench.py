@@ -162,7 +162,7 @@ def step(
 
 
 def _launch(request: Request) -> int:
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     try:
         resolve(request)
     except UsageError as error:

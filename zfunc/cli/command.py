@@ -85,7 +85,7 @@ def _rank(request: Request, job: Job) -> int:
 
 
 def _launch(request: Request) -> int:
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     try:
         config, problems = resolve(request, nproc=_default_nproc())
         problems += place_problems(request)

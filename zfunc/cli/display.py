@@ -32,10 +32,10 @@ class Display(AbstractContextManager["Display"], Protocol):
 
 def make_console() -> Console:
     """The console of rank 0; not wrapped at 80 columns where there is no terminal."""
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     if console.is_terminal:
         return console
-    return Console(highlight=False, width=PLAIN_WIDTH)
+    return Console(emoji=False, highlight=False, width=PLAIN_WIDTH)
 
 
 def make_display(console: Console, steps: int, done: int, state_mb: float) -> Display:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from zfunc.cli.display import make_console
+from zfunc.core.errors import TraceError
 from zfunc.plan import (
     PlanError,
     Request,
@@ -118,8 +119,8 @@ def plan_command(
             return
         stages = _STAGES if zero is None else (zero,)
         _run(request, stages, memory_gb, json, plot_to)
-    except PlanError as error:
-        stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    except (PlanError, TraceError) as error:
+        stderr = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
         stderr.print("[bold red]error:[/] ", end="")
         stderr.print(str(error), markup=False)
         raise typer.Exit(2) from None
@@ -177,7 +178,7 @@ def _run_paper(request: Request, json: str | None) -> None:
     if json is not None:
         _write(as_json(request, [], paper=rows, wall_s=wall_s), json)
     if json != "-":
-        console = Console(highlight=False, width=_PAPER_WIDTH)
+        console = Console(emoji=False, highlight=False, width=_PAPER_WIDTH)
         print_paper(console, rows)
         console.print(f"planned in {wall_s:.1f} s")
 

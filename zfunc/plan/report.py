@@ -31,9 +31,10 @@ def print_plan(
     memory_bytes: int | None = None,
 ) -> None:
     """The table, one column for each stage; GB are 1e9 bytes."""
-    billions = stages[0].num_params / 1e9
+    count = stages[0].num_params
+    size = f"{count / 1e9:.3f} billion" if count >= 1e8 else f"{count:,}"
     console.print(
-        f"{request.model}: {billions:.3f} billion parameters (Ψ) on {request.ranks} "
+        f"{request.model}: {size} parameters (Ψ) on {request.ranks} "
         f"ranks, {request.precision}, {request.samples_per_rank} x {request.seq_len} "
         f"tokens per rank in {request.microbatches} "
         f"microbatch{'es' * (request.microbatches > 1)}"

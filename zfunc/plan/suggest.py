@@ -77,12 +77,18 @@ def _candidates(
     counts = [m for m in range(1, samples + 1) if samples % m == 0]
     takes_remat = load(request.model, request.layers).takes_remat
     for remat in (False, True) if takes_remat else (False,):
-        base = _with(request, remat=remat, microbatches=samples)
-        # The most microbatches need the least: where they do not fit, none do.
-        possible = [z for z in stages if planned(base, z).peak_bytes <= memory_bytes]
+        # Fewer microbatches have more activations, and no sum of gradients beside a new
+        # one: what needs the least is at one of the ends.
+        ends = [_with(request, remat=remat, microbatches=m) for m in {1, samples}]
+        possible = [
+            zero
+            for zero in stages
+            if any(planned(end, zero).peak_bytes <= memory_bytes for end in ends)
+        ]
         pairs = [(m, zero) for m in counts for zero in possible]
         for m, zero in sorted(pairs, key=lambda pair: (_sent(*pair), *pair)):
             yield _with(request, remat=remat, microbatches=m), zero
+    base = min(ends, key=lambda end: planned(end, 3).peak_bytes)
     yield base, 3
     while base.ranks < _MAX_RANKS:
         samples = 2 * base.samples

@@ -19,6 +19,7 @@ from zfunc.program import ir
 from zfunc.program.batched import Batched
 from zfunc.program.listing import sends
 from zfunc.program.program import Program, paths_by_node
+from zfunc.program.storages import held_in, present
 from zfunc.transforms.loop import SumOver
 
 # Operators that tell the truth, by their fake results, about whose memory they return.
@@ -87,12 +88,9 @@ class _Memory:
         self._kept = kept
         self._where: dict[Node, int] = {n: i for i, n in enumerate(graph.nodes)}
         self._holders = defaultdict[int, list[Node]](list)
-        self._alias: dict[int, int] = {}
-        for node in graph.nodes:
-            if node.op == "output":
-                continue
-            if node.target is ir.WAIT:
-                self._join(node)
+        # Not by fake values alone: passes move views to other inputs.
+        self._held, _ = held_in(graph)
+        for node in self._held:
             for key in self._keys(node):
                 self._holders[key].append(node)
 
@@ -113,13 +111,7 @@ class _Memory:
         return True
 
     def _keys(self, node: Node) -> list[int]:
-        return [self._alias.get(key, key) for key, _ in ir.storages(node)]
-
-    def _join(self, wait: Node) -> None:
-        """What a wait returns is what the message was started with."""
-        (source,) = wait.all_input_nodes
-        for (mine, _), its in zip(ir.storages(wait), self._keys(source), strict=True):
-            self._alias[mine] = its
+        return present(self._held[node])
 
     def _end(self, user: Node) -> int:
         """When a node has read what it is given; a message has after its wait."""

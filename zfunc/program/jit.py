@@ -100,6 +100,7 @@ class Jitted:
         if self._donate:
             check_placed(state)
         leaves, spec = tree_flatten((state, batch))
+        _check_leaves((state, batch), leaves)
         signature = _Signature(spec, tuple(map(_described, leaves)))
         executable = self._cache.pop(signature, None)
         if executable is None:
@@ -149,6 +150,27 @@ def _traceable(step: TrainStep, state: TrainState) -> TrainState:
         moments=step.moments_of(state),
         metrics=Metrics(loss, state.metrics.grad_norm, {}),
     )
+
+
+def _check_leaves(args: PyTree, leaves: list[Any]) -> None:
+    """Raise for what a program cannot be chosen by, or run on."""
+    for i, leaf in enumerate(leaves):
+        fake = isinstance(leaf, torch._subclasses.FakeTensor)
+        if isinstance(leaf, torch.Tensor) and not fake:
+            continue
+        place, _, rest = leaves_with_path(args)[i][0].partition("/")
+        path = "/".join(filter(None, (("state", "batch")[int(place)], rest)))
+        if fake:
+            raise TypeError(
+                f"{path} is abstract, without values: type "
+                ".lower(state, batch) for the program"
+            )
+        if type(leaf).__hash__ is None or leaf != leaf:
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}: a batch is of "
+                "tensors, and of Python values that equal themselves (a program is "
+                "traced for each); type torch.as_tensor(x)"
+            )
 
 
 def _described(leaf: Any) -> Any:

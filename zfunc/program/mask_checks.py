@@ -90,6 +90,7 @@ def _computed(node: Any, known: dict[Any, Any]) -> Any:
         return None
     values = {n: _computed(n, known) for n in node.all_input_nodes}
     if any(value is None for value in values.values()):
+        known[node] = None
         return None
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
     with _for_real():

@@ -65,7 +65,7 @@ def storages_of(
       outputs: The same for each output.
       inner: True for a loop's body.
     """
-    held, size_bytes = _held(graph)
+    held, size_bytes = held_in(graph)
     given = ir.inputs_of(graph)
     kinds: dict[int, str] = {}
 
@@ -103,7 +103,7 @@ def present(parts: Parts) -> list[int]:
     return [key for key in dict.fromkeys(parts) if key is not None]
 
 
-def _held(graph: Graph) -> tuple[dict[Node, Parts], dict[int, int]]:
+def held_in(graph: Graph) -> tuple[dict[Node, Parts], dict[int, int]]:
     """The storages of each node's values, in their order; and the sizes in bytes.
 
     A view has its input's storage, whatever its fake value says: passes move views to

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -31,7 +32,7 @@ from zfunc.core.tree import (
     tree_map,
     tree_unflatten,
 )
-from zfunc.program.ir import remove_dead
+from zfunc.program.ir import calls_of, remove_dead, with_bodies
 from zfunc.program.mask_checks import told_of_tracing
 from zfunc.transforms.loop import lift_constants
 
@@ -86,6 +87,7 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
         if _looked_at_values(error):
             raise _explained(error) from error
         raise
+    _refuse_writes(module.graph)
     constants = lift_constants(module)
     remove_dead(module.graph)
     return Traced(module.graph, constants, *results[-1])
@@ -158,6 +160,26 @@ def _looked_at_values(error: Exception) -> bool:
     )
 
 
+def _refuse_writes(graph: Graph) -> None:
+    """Raise where something is written over: a program's order is that of its edges.
+
+    What a write through a view changes is not among its users.
+    """
+    for one in with_bodies(graph):
+        for node in calls_of(one):
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+                lines = (node.stack_trace or "").strip().splitlines()
+                place = "".join(f"\n    {line.strip()}" for line in lines[-2:])
+                raise TraceError(
+                    f"the step writes over a tensor ({target._opname}), which a "
+                    f"program cannot:{place}\n"
+                    "Write x = x + y instead of x += y, torch.where, torch.cat, "
+                    "torch.stack or x.scatter(...) instead of x[i] = y, and no method "
+                    "that ends in _. (Without zf.jit the step runs as it is.)"
+                )
+
+
 def _explained(error: Exception) -> TraceError:
     frame = _users_frame(error)
     place = f"{frame.filename}:{frame.lineno}" if frame else "the step"
@@ -172,7 +194,8 @@ def _explained(error: Exception) -> TraceError:
         "0-d tensors instead of .item() or float(), join them with torch.stack instead "
         "of torch.tensor([...]), select with a mask instead of x[mask], compute with "
         "torch instead of numpy, or move the decision out of the loss: into the "
-        f"batch, or a Python value that the loss closes over.{untraced}"
+        "batch, or a Python value that the loss closes over (fixed when traced)."
+        f"{untraced}"
     )
 
 

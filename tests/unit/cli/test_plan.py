@@ -27,7 +27,7 @@ def written(tmp_path_factory):
 def test_the_table(written):
     text, _, _ = written
     head, *rows = text.splitlines()
-    assert head.startswith("tiny: 0.0")
+    assert head.startswith("tiny: 1")
     assert "on 8 ranks, bf16, 1 x 32 tokens per rank in 1 microbatch" in text
     assert "ZeRO 0" in rows[0]
     assert "ZeRO 3" in rows[0]

@@ -336,22 +336,6 @@ def test_leaves_of_one_form_that_depend_on_each_other():
         assert batched_calls(program)
 
 
-def test_programs_that_write_in_place_stay_as_they_are():
-    def written(updates, params):
-        doubled = {k: x * 2.0 + 1.0 for k, x in updates.items()}
-        for k, x in updates.items():
-            doubled[k] = doubled[k] + (x - 1.0) * 3.0
-            kept = x.clone()
-            more = kept * 4.0
-            kept.mul_(0.0)
-            doubled[k] = doubled[k] + more + kept
-        return doubled
-
-    tx = o.chain(o.base.stateless("in place", plain(written)), o.sgd(0.1))
-    program = check(tx, params_of(SHAPES), passes=(batch_updates(),))
-    assert not batched_calls(program)
-
-
 def plain(update):
     """An update of buffers as one of placed leaves."""
 

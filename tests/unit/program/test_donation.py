@@ -21,6 +21,7 @@ from tests.unit.core.test_donation import OPTIMIZERS, USES, loss
 from zfunc.core.errors import DonatedBufferError, PlacementError
 from zfunc.core.sharding import Sharded
 from zfunc.core.tree import leaves_with_path, tree_leaves
+from zfunc.optim.base import stateless
 from zfunc.program import jit as jit_module
 from zfunc.program.donated import held
 from zfunc.program.passes.batch_updates import batch_updates
@@ -359,3 +360,22 @@ def test_equal_numbers_of_other_types_are_other_programs():
     for n in (1, True, 1.0, 1, True):
         assert_bitwise(jitted(state, {"n": n}), step(state, {"n": n}))
     assert len(jitted._cache) == 3
+
+
+@pytest.mark.parametrize("twin", ["again", "copied"])
+def test_a_value_is_not_written_over_while_a_view_of_its_twin_is_read(twin):
+    """Passes move a view to another, equal input; its fake value stays as it was."""
+
+    def update(g):
+        a = g.cumsum(0)
+        same = g.cumsum(0) if twin == "again" else a.to(torch.float32, copy=True)
+        view = same.view(2, -1)
+        b = a * 3 + view.flip(0).reshape(-1).cumsum(0)
+        return -1e-6 * (b.cumsum(0) + b + view.cumsum(1).reshape(-1))
+
+    tx = stateless("odd", lambda grads, params: zf.tree_map(update, grads))
+    step = zf.train_step(lambda p, x: ((p * x) ** 2).sum(), tx)
+    params, x = torch.linspace(0, 1, 8192), torch.linspace(-1, 1, 8192)
+    want, got = (zf.shard(params.clone(), zf.make_mesh({})) for _ in range(2))
+    want, got = step(want, x), zf.jit(step)(got, x)
+    assert torch.equal(got.params.buffer, want.params.buffer)

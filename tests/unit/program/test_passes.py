@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import zfunc as zf
 from tests.unit.program.programs import Setting, abstract_program, mlp, mlp_params
 from zfunc.program import ir, passes
 from zfunc.program.passes.chains import wait_of
@@ -256,3 +257,20 @@ def test_options_are_checked(make):
 def test_an_abstract_mesh_keeps_the_plain_form():
     assert sends(program(passes.DEFAULT), ir.REDUCE_SCATTER)
     assert not sends(program(passes.DEFAULT), ir.ALL_TO_ALL)
+
+
+def test_shared_reads_take_no_time():
+    """Written out, the value of x + x sixty times over has 2 ** 60 terms."""
+
+    def loss(p, b):
+        x = p
+        for _ in range(60):
+            x = x + x
+        return (x * b).sum() * 2.0**-60
+
+    mesh = zf.AbstractMesh({"data": 2})
+    step = zf.train_step(loss, zf.optim.sgd(0.1), zf.partition(zero=3))
+    params, batch = zf.abstract((torch.ones(4), torch.ones(2, 4)))
+    program = zf.jit(step, passes=()).lower(zf.shard(params, mesh), batch)
+    for change in (passes.simplify, passes.regather, passes.keep_small()):
+        program = change(program)

@@ -278,3 +278,63 @@ def test_a_state_and_a_batch_that_were_abstracted_one_by_one():
     step = zf.train_step(lambda p, b: (p["w"] * b).sum(), zf.optim.sgd(0.1))
     program = zf.jit(step).lower(zf.abstract(state()), zf.abstract(torch.ones(4)))
     assert program.inputs[-1] == "batch"
+
+
+# --- writes --------------------------------------------------------------------------
+
+
+def in_a_view(p, b):
+    h = torch.zeros(3)
+    h[1:] = (p["w"] * b)[:-1]
+    return (h * h).sum()
+
+
+def of_a_constant(p, b):
+    k = torch.full((3,), 0.0)
+    k[0] = 1.0
+    return (p["w"] * k * b).sum()
+
+
+def of_a_whole_tensor(p, b):
+    a, c = torch.zeros(3), torch.zeros(3)
+    a += b
+    return (p["w"] * a + 3 * p["w"] * c).sum()
+
+
+def of_an_activation(p, b):
+    h = (p["w"] * b).view(1, 3)
+    h += 1
+    h *= 2
+    return (h * h).sum()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "loss", [in_a_view, of_a_constant, of_a_whole_tensor, of_an_activation]
+)
+def test_writes_are_refused(loss, microbatches):
+    """A program knows the order of its edges only: such a write would be lost."""
+
+    def mean(p, b):
+        return loss(p, b.sum(0))
+
+    step = zf.train_step(mean, zf.optim.sgd(0.1), zf.accumulate(microbatches))
+    state = zf.shard({"w": torch.ones(3)}, zf.make_mesh({}))
+    step(state, torch.ones(2, 3))
+    with pytest.raises(zf.TraceError, match=r"writes over a tensor(?s:.*) x = x \+ y"):
+        zf.jit(step)(state, torch.ones(2, 3))
+
+
+# --- arguments -----------------------------------------------------------------------
+
+
+def test_leaves_that_no_program_can_be_chosen_by():
+    step = zf.train_step(lambda p, b: (p["w"] * 1).sum(), zf.optim.sgd(0.1))
+    state = zf.shard({"w": torch.ones(3)}, zf.make_mesh({}))
+    for batch, message in (
+        ({"x": np.ones(3)}, "batch/x is a ndarray: .* type torch.as_tensor"),
+        ({"x": math.nan}, "batch/x is a float: .* values that equal themselves"),
+        (zf.abstract(torch.ones(3)), r"batch is abstract, .* \.lower\(state, batch\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            zf.jit(step)(state, batch)

@@ -48,8 +48,6 @@ def batch_updates(
 
     def batched(program: Program) -> Program:
         """Run the elementwise calls outside of the loss in chunks of many leaves."""
-        if any(_writes(n) for n in ir.calls_of(program.graph) if not ir.phase(n)):
-            return program  # its order is more than its edges
         graph = ir.copied(program.graph)
         _share(graph)
         forms = defaultdict[Any, list[Leaf]](list)
@@ -88,11 +86,6 @@ def _share(graph: Graph) -> None:
         if before is not node and not {before, node} <= results:
             node.replace_all_uses_with(before)
             graph.erase_node(node)
-
-
-def _writes(node: Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _is_function(node: Node) -> bool:
