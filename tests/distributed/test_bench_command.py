@@ -27,16 +27,18 @@ def bench(out, *words):
 
 
 def test_sharded_contenders_have_the_same_losses(tmp_path):
-    """Of DeepSpeed too, where it is installed."""
-    table = tmp_path / "a.csv"
-    found, output = bench(tmp_path / "a.json", "--nproc=2", f"--csv={table}")
-    names = [contender["name"] for contender in found["contenders"]]
-    assert names == [contender.name for contender in choose(None, 2).contenders]
+    """Of DeepSpeed too, where it is installed; of what is compiled, one."""
+    names = [contender.name for contender in choose(None, 2).contenders]
+    names = [n for n in names if not n.endswith("inductor") or n == "zfunc-3-inductor"]
+    table, who = tmp_path / "a.csv", f"--contenders={','.join(names)}"
+    found, output = bench(tmp_path / "a.json", who, f"--csv={table}")
+    assert [contender["name"] for contender in found["contenders"]] == names
     assert found["loss_difference"]["largest"] <= 1e-5
     for contender in found["contenders"]:
         assert len(contender["losses"]) == STEPS
         assert [len(steps_s) for steps_s in contender["rounds_s"]] == [STEPS]
-        assert contender["live_peak_bytes"] > 4 * found["num_params"] // 2
+        peak_bytes = contender["live_peak_bytes"]  # of what can be counted
+        assert peak_bytes is None or peak_bytes > 4 * found["num_params"] // 2
     assert found["peak_rss_bytes"] > 0
     assert f"{found['contenders'][0]['losses'][0]:.6f}" in output
     with table.open(newline="") as file:

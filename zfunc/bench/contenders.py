@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from zfunc.bench import deepspeed_peer, ours, peers
 from zfunc.bench.errors import BenchError
@@ -32,17 +32,27 @@ class Contender(NamedTuple):
     counted: bool = True
 
 
-def _sharded(
-    name: str, make: Callable[..., Step], *peers: str, **how: int
-) -> Contender:
-    return Contender(name, True, functools.partial(make, **how), peers)
+def _sharded(name: str, make: Callable[..., Step], **how: int) -> Contender:
+    return Contender(name, True, functools.partial(make, **how))
+
+
+def _ours(zero: Literal[0, 1, 2, 3], *rivals: str) -> tuple[Contender, Contender]:
+    """A stage of ZeRO, as ``zf.jit`` comes on the CPU, and compiled."""
+    name, make = f"zfunc-{zero}", functools.partial(ours.sharded, zero=zero)
+    replayed, compiled = (
+        functools.partial(make, backend=backend) for backend in ("aten", "inductor")
+    )
+    return (
+        Contender(name, True, replayed, rivals),
+        Contender(f"{name}-inductor", True, compiled, rivals, counted=False),
+    )
 
 
 CONTENDERS = (
-    _sharded("zfunc-0", ours.sharded, "ddp", zero=0),
-    _sharded("zfunc-1", ours.sharded, "deepspeed-1", "ddp", zero=1),
-    _sharded("zfunc-2", ours.sharded, "deepspeed-2", "ddp", zero=2),
-    _sharded("zfunc-3", ours.sharded, "fsdp2", "deepspeed-3", zero=3),
+    *_ours(0, "ddp"),
+    *_ours(1, "deepspeed-1", "ddp"),
+    *_ours(2, "deepspeed-2", "ddp"),
+    *_ours(3, "fsdp2", "deepspeed-3", "ddp"),
     _sharded("ddp", peers.ddp),
     _sharded("fsdp2", peers.fsdp2),
     _sharded("deepspeed-1", deepspeed_peer.deepspeed, stage=1),

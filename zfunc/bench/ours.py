@@ -12,16 +12,19 @@ import zfunc as zf
 from zfunc.bench.setup import Setup, Step
 
 
-def sharded(setup: Setup, zero: Literal[0, 1, 2, 3]) -> Step:
+def sharded(
+    setup: Setup, zero: Literal[0, 1, 2, 3], backend: Literal["aten", "inductor"]
+) -> Step:
     """A ZeRO stage over all ranks.
 
     Args:
       setup: What all contenders share.
       zero: The stage.
+      backend: What runs the traced step.
     """
     mesh = zf.make_mesh({"data": setup.world}, device=_kind(setup))
     step = _train_step(setup, zf.partition(zero=zero))
-    return _stepping(setup, step, mesh, zf.P() if zero == 0 else None, "aten")
+    return _stepping(setup, step, mesh, zf.P() if zero == 0 else None, backend)
 
 
 def alone(setup: Setup, backend: Literal["aten", "inductor"]) -> Step:

@@ -28,6 +28,7 @@ class Preset(NamedTuple):
       batch: Sequences per rank and step.
       seq_len: Tokens per sequence.
       why: What it is there for, in a few words.
+      nproc: Ranks, if no number is given.
     """
 
     name: str
@@ -39,13 +40,16 @@ class Preset(NamedTuple):
     batch: int
     seq_len: int
     why: str
+    nproc: int = 2
 
 
 PRESETS = (
     Preset("small", 128, 344, 4, 4, 512, 8, 64, "sharded steps, latency counts"),
     Preset("medium", 384, 1024, 5, 6, 512, 8, 64, "10 times the parameters of small"),
-    Preset("single", 256, 688, 6, 4, 512, 8, 256, "one process, arithmetic counts"),
-    Preset("launch-bound", 64, 176, 12, 4, 512, 1, 32, "one process, overhead counts"),
+    Preset("single", 256, 688, 6, 4, 512, 8, 256, "one process, arithmetic counts", 1),
+    Preset(
+        "launch-bound", 64, 176, 12, 4, 512, 1, 32, "one process, overhead counts", 1
+    ),
     Preset("tiny", 32, 88, 2, 2, 64, 2, 16, "seconds, to try the command"),
 )
 

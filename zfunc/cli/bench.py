@@ -85,17 +85,23 @@ def step(
         str, typer.Option(help=_MODELS, rich_help_panel=_MEASURED)
     ] = "small",
     nproc: Annotated[
-        int,
+        int | None,
         typer.Option(
             help="Ranks. On 1, zfunc's jit beside torch in one process; on more, the "
-            "stages of ZeRO beside DDP, FSDP2 and DeepSpeed.",
+            "stages of ZeRO beside DDP, FSDP2 and DeepSpeed.  "
+            "[default: the model's own, 1 or 2]",
             min=1,
             rich_help_panel=_MEASURED,
         ),
-    ] = 2,
+    ] = None,
     threads: Annotated[
-        int, typer.Option(help="Of each rank.", min=1, rich_help_panel=_MEASURED)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Of each rank.  [default: 2 on 1 rank, else 1]",
+            min=1,
+            rich_help_panel=_MEASURED,
+        ),
+    ] = None,
     rounds: Annotated[
         int,
         typer.Option(
@@ -152,6 +158,9 @@ def step(
 
     Starts its own ranks; under `torchrun` it is one of them.
     """
+    own = next((p.nproc for p in PRESETS if p.name == model), 1)
+    nproc = nproc or own
+    threads = threads or (2 if nproc == 1 else 1)
     request = Request(
         model, nproc, threads, rounds, steps, warmup, contenders, json, csv, plot
     )

@@ -154,6 +154,14 @@ def _checked(path: str, made: Any) -> Built:
             f"loss_fn, make_batch), it returned a {type(made).__name__}"
             + (f" of {len(parts)}" if isinstance(made, tuple) else "")
         )
+    for make_batch in parts[2:]:
+        try:
+            inspect.signature(make_batch).bind(1, 1)
+        except TypeError as error:
+            raise PlanError(
+                f"--model {path}: make_batch is called as make_batch(samples, "
+                f"seq_len), and does not take that: {error}"
+            ) from error
     for leaf_path, leaf in leaves_with_path(parts[0]):
         if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
             raise PlanError(

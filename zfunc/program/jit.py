@@ -38,6 +38,7 @@ class _Signature(NamedTuple):
 
     spec: Any
     leaves: tuple[Any, ...]
+    ambient: Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class _Executable(NamedTuple):
     run: Callable[[list[Any]], list[Any]]
     layout: Layout
     donation: Donation | None
+    ambient: Any
 
     def call(self, grads: PyTree, matched: Matched) -> TrainState:
         """One step; ``grads`` are those of the last one."""
@@ -84,7 +86,7 @@ class Jitted:
         if self._cache and isinstance(state, TrainState):
             latest = next(reversed(self._cache.values()))
             matched = latest.layout.match(state, batch)
-            if matched is not None:
+            if matched is not None and latest.ambient == _ambient():
                 return latest.call(state.grads, matched)
         grads = check_usable(state).grads
         state = _traceable(self._step, state)
@@ -101,7 +103,7 @@ class Jitted:
             check_placed(state)
         leaves, spec = tree_flatten((state, batch))
         _check_leaves((state, batch), leaves)
-        signature = _Signature(spec, tuple(map(_described, leaves)))
+        signature = _Signature(spec, tuple(map(_described, leaves)), _ambient())
         executable = self._cache.pop(signature, None)
         if executable is None:
             self._say_why(signature, state, batch)
@@ -132,6 +134,7 @@ class Jitted:
             program.run_by(compile_graph),
             layout_of(state, batch, program.out_spec),
             donation_of(state, program) if self._donate else None,
+            _ambient(),
         )
 
     def _say_why(self, new: _Signature, state: TrainState, batch: PyTree) -> None:
@@ -173,6 +176,16 @@ def _check_leaves(args: PyTree, leaves: list[Any]) -> None:
             )
 
 
+def _ambient() -> Any:
+    """What of torch's own settings a step is traced with."""
+    autocast = [
+        torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return torch.get_default_dtype(), *autocast
+
+
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
@@ -185,6 +198,8 @@ def _difference(
     """What of a signature is new, in one line."""
     if old.spec != new.spec:
         return "the structure or the placement of the state or of the batch is new"
+    if old.ambient != new.ambient:
+        return f"torch's default dtype and autocast are {new.ambient}"
     paths = _paths(state, batch)
     words = ("shape", "dtype", "strides", "device")
     for path, before, now in zip(paths, old.leaves, new.leaves, strict=True):
@@ -263,7 +278,7 @@ def jit(
       can be read without being run, for abstract states and meshes too.
 
     Raises:
-      TypeError: something that is not a ``TrainStep``.
+      TypeError: something that is not a ``TrainStep``, or a pass that is no function.
       ValueError: a backend that does not exist, or not on this machine.
       TraceError: (when called) Python that depends on the values of tensors, with the
         line.
@@ -284,4 +299,11 @@ def jit(
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"jit takes a TrainStep, got a {type(step).__name__}")
+    backends.check_name(backend)
+    for change in passes:
+        if not callable(change):
+            raise TypeError(
+                f"passes are functions from program to program, got {change!r}: type "
+                "zfunc.program.passes.sink, without quotes"
+            )
     return Jitted(step, donate, backend, tuple(passes))

@@ -20,7 +20,8 @@ from zfunc.bench.result import LOSS_TOLERANCE
 from zfunc.bench.rounds import rotated
 from zfunc.bench.setup import AdamW, Setup
 
-SHARDED = ["zfunc-0", "zfunc-1", "zfunc-2", "zfunc-3", "ddp", "fsdp2"]
+OURS = [f"zfunc-{zero}{how}" for zero in range(4) for how in ("", "-inductor")]
+SHARDED = [*OURS, "ddp", "fsdp2"]
 CPU = torch.device("cpu")
 
 

@@ -33,10 +33,8 @@ def choose(name: str | None, device_type: str) -> CompileGraph:
       Traceback (most recent call last):
       ValueError: there is no backend 'jax'; there are aten, inductor, cudagraph
     """
+    check_name(name)
     name = name or ("inductor" if device_type == "cuda" else "aten")
-    if name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ValueError(f"there is no backend {name!r}; there are {known}")
     if name == "cudagraph" and device_type != "cuda":
         raise ValueError(
             f"backend='cudagraph' replays on a GPU, this state is on a {device_type}: "
@@ -45,6 +43,13 @@ def choose(name: str | None, device_type: str) -> CompileGraph:
     if name != "aten":
         _check_compiler(name, device_type)
     return BACKENDS[name]
+
+
+def check_name(name: str | None) -> None:
+    """Raise for what is not the name of a backend, or None."""
+    if name is not None and name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"there is no backend {name!r}; there are {known}")
 
 
 def _check_compiler(name: str, device_type: str) -> None:
