@@ -158,7 +158,7 @@ def step(
 
     Starts its own ranks; under `torchrun` it is one of them.
     """
-    own = next((p.nproc for p in PRESETS if p.name == model), 1)
+    own = next((p.nproc for p in PRESETS if p.name == model), 2)
     nproc = nproc or own
     threads = threads or (2 if nproc == 1 else 1)
     request = Request(

@@ -57,7 +57,9 @@ def test_all_mistakes_are_told_at_once(launched, tmp_path):
         "  --model: there is no model 'huge'; there are small, medium, single, "
         "launch-bound, tiny\n"
         "  --contenders: there is no 'megatron'; on 2 ranks there are zfunc-0, "
-        "zfunc-1, zfunc-2, zfunc-3, ddp, fsdp2, deepspeed-1, deepspeed-2, deepspeed-3\n"
+        "zfunc-0-inductor, zfunc-1, zfunc-1-inductor, zfunc-2, zfunc-2-inductor, "
+        "zfunc-3, zfunc-3-inductor, ddp, fsdp2, deepspeed-1, deepspeed-2, "
+        "deepspeed-3\n"
     )
 
 

@@ -140,3 +140,23 @@ def test_a_simulated_mesh_is_refused(warm):
     )
     with pytest.raises(zf.TraceError, match=r"testing\.lockstep"):
         simulate(jitted, {"data": 2})(state, {"x": torch.ones(2, 4, 3)})
+
+
+def test_another_autocast_or_default_dtype(jitted, lines):
+    """They are no arguments, but what a loss computes depends on them."""
+    plain = jitted(state_of(), batch_of()).metrics.loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = jitted(state_of(), batch_of()).metrics.loss
+    assert jitted(state_of(), batch_of()).metrics.loss == plain != cast
+    assert lines() == [
+        "zf.jit traces again: torch's default dtype and autocast are (torch.float32, "
+        "torch.bfloat16)"
+    ]
+
+
+def test_a_backend_and_passes_are_checked_before_any_step():
+    step = zf.train_step(loss, zf.optim.sgd(0.1))
+    with pytest.raises(ValueError, match="there is no backend 'foo'; there are aten"):
+        zf.jit(step, backend="foo")
+    with pytest.raises(TypeError, match=r"got 'sink': type zfunc.program.passes.sink"):
+        zf.jit(step, passes=["sink"])

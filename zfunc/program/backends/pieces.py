@@ -229,6 +229,8 @@ def _settle_stores(parts: list[Part], home: dict[Node, Part]) -> dict[Node, Node
                 node.replace_all_uses_with(value)
                 piece.calls.remove(node)
                 continue
+            if home.get(made_by(value)) is not piece:
+                continue  # others may read it before it is stored
             stored[value] = node
             for user in list(value.users):
                 if home.get(user) is not piece:
