@@ -493,18 +493,41 @@ PARTITION = {
 }
 
 OTHERS = {
-    "float16": Wrong(
-        lambda: zf.precision("fp16"),
+    "a dtype that is none": Wrong(
+        lambda: zf.precision("fp8"),
         ValueError,
-        "precision: cannot read 'compute=fp16' in 'compute=fp16'; expected 'bf16', "
-        "'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE one of bf16, f32, f64. "
-        "(float16 needs loss scaling, which zfunc does not have: use bf16.)",
+        "precision: cannot read 'compute=fp8' in 'compute=fp8'; expected 'bf16', "
+        "'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE one of bf16, fp16, f32, "
+        "f64.",
     ),
-    "a policy of float16": Wrong(
-        lambda: zf.Policy(torch.float16),
+    "a policy of integers": Wrong(
+        lambda: zf.Policy(torch.int32),
         ValueError,
-        "precision: compute is torch.float16; it must be one of bf16, f32, f64. "
-        "(float16 needs loss scaling, which zfunc does not have: use bf16.)",
+        "precision: compute is torch.int32; it must be one of bf16, fp16, f32, f64.",
+    ),
+    "a loss scale in words": Wrong(
+        lambda: zf.precision("fp16", loss_scale="auto"),
+        TypeError,
+        "precision: loss_scale is 'auto', expected a number, 'dynamic' or a "
+        "zf.DynamicLossScale(...); type for example loss_scale=2.0**16",
+    ),
+    "a loss scale of 0": Wrong(
+        lambda: zf.precision("fp16", loss_scale=0),
+        ValueError,
+        "StaticLossScale: scale is 0.0, expected more than 0 and at most 2**127; type "
+        "for example scale=1.0",
+    ),
+    "a window of 0": Wrong(
+        lambda: zf.DynamicLossScale(loss_scale_window=0),
+        ValueError,
+        "DynamicLossScale: loss_scale_window is 0, expected 1 to 4611686018427387904; "
+        "type for example loss_scale_window=1000",
+    ),
+    "a smallest scale above the first": Wrong(
+        lambda: zf.DynamicLossScale(initial_scale_power=1, min_loss_scale=4),
+        ValueError,
+        "DynamicLossScale: min_loss_scale is 4, more than the first scale of 2**1; "
+        "raise initial_scale_power",
     ),
     "a dtype as a policy": Wrong(
         lambda: zf.precision(torch.bfloat16),

@@ -17,14 +17,15 @@ from zfunc.core import collectives
 
 NAMES = {
     "zfunc": """
-        AbstractMesh CheckpointError DonatedBufferError LossError Mean Mesh MeshError
-        Metrics NamedSharding P PlacementError Policy Program RematError Sharded
-        StructureError TraceError TrainState TrainStep Transform ZfuncError abstract
-        accumulate all_gather all_to_all axis_index axis_size checkpoint core data
-        donate eval_shape from_dtensor global_norm jit make_mesh models optim
-        partition pmean ppermute precision psum psum_scatter random remat reshard
-        shard testing to_dtensor train_step tree_leaves tree_map unshard
-        value_and_grad
+        AbstractMesh CheckpointError DonatedBufferError DynamicLossScale
+        LossError Mean Mesh MeshError Metrics NamedSharding P PlacementError
+        Policy Program RematError Sharded StaticLossScale StructureError
+        TraceError TrainState TrainStep Transform ZfuncError abstract
+        accumulate all_gather all_to_all axis_index axis_size checkpoint core
+        data donate eval_shape from_dtensor global_norm jit make_mesh models
+        optim partition pmean ppermute precision psum psum_scatter random remat
+        reshard shard skip_nonfinite testing to_dtensor train_step tree_leaves
+        tree_map unshard value_and_grad
         """,
     "zfunc.optim": """
         GradientTransformation Mask ScaleByAdamMoments ScaleByLearningRateMoments
@@ -38,7 +39,10 @@ NAMES = {
         differences lockstep random_batch random_tree run_lockstep simulate split_batch
         spmd tree_loss
         """,
-    "zfunc.transforms": "Policy accumulate partition precision remat",
+    "zfunc.transforms": """
+        DynamicLossScale LossScale Policy StaticLossScale accumulate partition precision
+        remat skip_nonfinite
+        """,
 }
 
 # The names that a module defines itself.
@@ -79,7 +83,11 @@ SIGNATURES = {
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
     "persistence_threshold=0)",
-    "precision": "(policy)",
+    "precision": "(policy, *, loss_scale=None)",
+    "skip_nonfinite": "()",
+    "DynamicLossScale": "(initial_scale_power=16, loss_scale_window=1000, "
+    "hysteresis=2, consecutive_hysteresis=False, min_loss_scale=1.0)",
+    "StaticLossScale": "(scale)",
     "accumulate": "(num_microbatches)",
     "donate": "(step)",
     "tree_map": "(fn, tree, *rest, is_leaf=None)",
@@ -101,9 +109,9 @@ SIGNATURES = {
 }
 
 FIELDS = {
-    "TrainState": "step params grads moments key metrics",
-    "TrainStep": "loss tx grad accumulate",
-    "Metrics": "loss grad_norm aux",
+    "TrainState": "step params grads moments loss_scale key metrics",
+    "TrainStep": "loss tx grad accumulate scaling",
+    "Metrics": "loss grad_norm skipped aux",
     "Mean": "total weight",
     "Sharded": "buffer sharding global_shape",
     "NamedSharding": "mesh spec memory_kind",

@@ -51,8 +51,11 @@ from .core.tree import tree_leaves as tree_leaves
 from .core.tree import tree_map as tree_map
 from .program.jit import jit as jit
 from .program.program import Program as Program
+from .transforms import DynamicLossScale as DynamicLossScale
 from .transforms import Policy as Policy
+from .transforms import StaticLossScale as StaticLossScale
 from .transforms import accumulate as accumulate
 from .transforms import partition as partition
 from .transforms import precision as precision
 from .transforms import remat as remat
+from .transforms import skip_nonfinite as skip_nonfinite

@@ -222,8 +222,8 @@ def no_rank_in_the_sample_index(patch):
 
 
 def microbatch_samples_counted_from_0(patch):
-    def samples(key, index):
-        return step.Samples(key, torch.arange(len(index)))
+    def samples(key, index, loss_scale=None):
+        return step.Samples(key, torch.arange(len(index)), loss_scale)
 
     patch.setattr(accumulate, "Samples", samples)
 

@@ -11,7 +11,7 @@ import torch
 from zfunc.core.errors import PlacementError
 from zfunc.core.sharding import Sharded, is_sharded
 from zfunc.core.state import Donated, TrainState, check_usable
-from zfunc.core.step import TrainStep, advanced
+from zfunc.core.step import TrainStep
 from zfunc.core.tree import PyTree, leaves_with_path, tree_leaves, tree_map
 from zfunc.core.update import consuming_update
 
@@ -50,14 +50,14 @@ def donate(step: TrainStep) -> Callable[[TrainState, PyTree], TrainState]:
         moments = step.moments_of(state)
         _consume(grads=state.grads)
         try:  # what is wrong with a batch shows here, with all that is needed in place
-            metrics, grads = step.gradients(state, batch)
+            metrics, grads, finite = step.gradients(state, batch)
         except BaseException:
             _give_back(state.grads, like=state.params)
             raise
         owned = _consume(params=state.params, moments=moments)
         del moments
-        params, moments = consuming_update(step.tx, grads, owned)
-        return advanced(state, params, grads, moments, metrics)
+        params, moments = consuming_update(step.tx, grads, owned, finite)
+        return step.advanced(state, params, grads, moments, metrics)
 
     return donating
 

@@ -52,14 +52,18 @@ class Metrics:
     """What the last step measured: 0-d tensors, already reduced over the mesh.
 
     Reading one (``float(state.metrics.loss)``) is the only host sync of a step.
+    ``skipped`` is 1 if the update was left out because its gradients were not finite
+    (with a loss scale or ``skip_nonfinite``), else 0.
 
     Example:
-      >>> Metrics(torch.tensor(1.5), torch.tensor(0.1), {}).loss
+      >>> loss, zero = torch.tensor(1.5), torch.tensor(0)
+      >>> Metrics(loss, torch.tensor(0.1), zero, {}).loss
       tensor(1.5000)
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    skipped: torch.Tensor
     aux: PyTree
 
 
@@ -69,7 +73,7 @@ class TrainState:
 
     ``grads`` are those of the last step, reduced, before the optimizer saw them.
     ``moments`` is the optimizer's memory: None until the first step, if ``shard`` was
-    not given the optimizer.
+    not given the optimizer. ``loss_scale`` is that of a step with one: None until then.
 
     Example:
       >>> from zfunc.core.mesh import make_mesh
@@ -81,6 +85,7 @@ class TrainState:
     params: PyTree
     grads: PyTree
     moments: PyTree
+    loss_scale: PyTree
     key: torch.Tensor
     metrics: Metrics
 
@@ -153,8 +158,9 @@ def shard(
         params=placed,
         grads=tree_map(torch.zeros_like, placed),
         moments=None if tx is None else tx.init(placed),
+        loss_scale=None,
         key=torch.full_like(counter, int(key)),
-        metrics=Metrics(zero, zero, {}),
+        metrics=Metrics(zero, zero, counter, {}),
     )
 
 

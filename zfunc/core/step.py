@@ -27,16 +27,20 @@ from zfunc.core.tree import (
     tree_structure,
     tree_unflatten,
 )
-from zfunc.core.update import pure_update
+from zfunc.core.update import pure_update, widen
 
 T = TypeVar("T")
 
 
 class Samples(NamedTuple):
-    """The step's key, and the index of each sample of the batch in the global batch."""
+    """The step's key, and the index of each sample of the batch in the global batch.
+
+    ``loss_scale`` multiplies the loss before it is differentiated; None: nothing does.
+    """
 
     key: torch.Tensor
     index: torch.Tensor  # type: ignore[assignment] # shadows tuple.index on purpose
+    loss_scale: torch.Tensor | None = None
 
 
 @pytree
@@ -67,7 +71,8 @@ def local_grad(loss: LossFn) -> GradFn:
 
         def total(p: PyTree) -> tuple[torch.Tensor, Tally]:
             tally = loss(p, batch, samples)
-            return tally.loss.total, tally
+            total, scale = tally.loss.total, samples.loss_scale
+            return total if scale is None else total * scale.to(total.dtype), tally
 
         before = _versions(plain)
         (_, tally), grads = value_and_grad(total, has_aux=True)(plain)
@@ -121,7 +126,9 @@ class TrainStep(NamedTuple):
 
     ``loss`` runs inside autodiff; ``grad`` is around it, once per microbatch;
     ``accumulate`` is around that, once per step; ``tx`` comes after the gradient. A
-    transformation replaces a slot, so those of different slots commute.
+    transformation replaces a slot, so those of different slots commute. ``scaling``,
+    where there is one, is the rule of the loss scale: a step whose gradients are not
+    finite leaves parameters and moments as they were.
 
     Example:
       >>> train_step(lambda p, b: (p * b).sum(), _example_tx()).accumulate is keep
@@ -132,29 +139,66 @@ class TrainStep(NamedTuple):
     tx: Any
     grad: Callable[[LossFn], GradFn] = local_grad
     accumulate: Callable[[GradFn], GradFn] = keep
+    scaling: Any = None
 
     def __call__(self, state: TrainState, batch: PyTree) -> TrainState:
         """One step: the gradient of the mean loss, the update, the metrics."""
         moments = self.moments_of(check_usable(state))
-        metrics, grads = self.gradients(state, batch)
-        params, moments = pure_update(self.tx, grads, moments, state.params)
-        return advanced(state, params, grads, moments, metrics)
+        metrics, grads, finite = self.gradients(state, batch)
+        params, moments = pure_update(self.tx, grads, moments, state.params, finite)
+        return self.advanced(state, params, grads, moments, metrics)
 
-    def gradients(self, state: TrainState, batch: PyTree) -> tuple[Metrics, PyTree]:
-        """The metrics and the reduced gradient of the mean loss, before the update."""
-        samples = Samples(fold_in(state.key, state.step), _sample_index(batch, state))
+    def gradients(
+        self, state: TrainState, batch: PyTree
+    ) -> tuple[Metrics, PyTree, torch.Tensor | None]:
+        """The metrics and the reduced gradient of the mean loss, before the update.
+
+        Last, with a loss scale, whether the gradient is finite: the same on all ranks.
+        """
+        scaled, key = self.loss_scale_of(state), fold_in(state.key, state.step)
+        scale = None if scaled is None else scaled.scale
+        samples = Samples(key, _sample_index(batch, state), scale)
         grad_fn = self.accumulate(self.grad(self.loss))
         tally, summed = grad_fn(state.params, batch, samples)
         weight = tally.loss.weight
         divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
+        if scale is not None:
+            divisor = divisor * scale.to(divisor.dtype)
         leaves, spec = tree_flatten(summed)
         del summed
         for i, g in enumerate(leaves):  # one at a time: each frees the one it replaces
-            leaves[i] = (g / divisor).to(g.dtype)
+            leaves[i] = (
+                (g / divisor).to(g.dtype) if scale is None else widen(g) / divisor
+            )
             del g
         grads = tree_unflatten(spec, leaves)
         values = tree_map(Mean.value, tally, is_leaf=lambda x: isinstance(x, Mean))
-        return Metrics(values.loss, global_norm(grads), values.aux), grads
+        norm = global_norm(grads)
+        finite = None if scale is None else norm.isfinite()
+        skipped = torch.zeros_like(state.step) if finite is None else (~finite).long()
+        return Metrics(values.loss, norm, skipped, values.aux), grads, finite
+
+    def loss_scale_of(self, state: TrainState) -> Any:
+        """The state's loss scale; at the first step, a new one; None without a rule."""
+        if self.scaling is None or state.loss_scale is not None:
+            return state.loss_scale if self.scaling is not None else None
+        return self.scaling.init(state.step)
+
+    def advanced(
+        self,
+        state: TrainState,
+        params: PyTree,
+        grads: PyTree,
+        moments: PyTree,
+        metrics: Metrics,
+    ) -> TrainState:
+        """The next state; its gradients are stored in the dtype of the parameters."""
+        stored = tree_map(lambda g, p: g.to(p.dtype), grads, params)
+        scale = self.loss_scale_of(state)
+        if scale is not None:
+            scale = self.scaling.adjusted(scale, metrics.skipped == 0)
+        count = state.step + 1
+        return TrainState(count, params, stored, moments, scale, state.key, metrics)
 
     def moments_of(self, state: TrainState) -> PyTree:
         """The state's moments, fitting this optimizer; at the first step, new ones."""
@@ -247,14 +291,6 @@ def train_step(
             )
         step = made
     return step
-
-
-def advanced(
-    state: TrainState, params: PyTree, grads: PyTree, moments: PyTree, metrics: Metrics
-) -> TrainState:
-    """The next state; its gradients are stored in the dtype of the parameters."""
-    stored = tree_map(lambda g, p: g.to(p.dtype), grads, params)
-    return TrainState(state.step + 1, params, stored, moments, state.key, metrics)
 
 
 def sample_counts(batch: PyTree, what: str) -> dict[str, int]:

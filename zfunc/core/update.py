@@ -21,14 +21,30 @@ NUM_GROUPS = 16  # new moments and updates exist for one group of leaves at a ti
 
 
 def pure_update(
-    tx: Any, grads: PyTree, moments: PyTree, params: PyTree
+    tx: Any,
+    grads: PyTree,
+    moments: PyTree,
+    params: PyTree,
+    finite: torch.Tensor | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """``(params + updates, new moments)``; nothing that is given changes."""
-    updates, moments = tx.update(grads, moments, params)
-    return tree_map(added, params, updates), moments
+    """``(params + updates, new moments)``; nothing that is given changes.
+
+    Where ``finite`` is given and false, the parameters and moments are the old ones.
+    """
+    updates, after = tx.update(grads, moments, params)
+    stepped = tree_map(added, params, updates)
+    return _chosen(finite, stepped, params), _chosen(finite, after, moments)
 
 
-def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, Any]:
+def _chosen(finite: torch.Tensor | None, new: PyTree, old: PyTree) -> PyTree:
+    if finite is None:
+        return new
+    return tree_map(lambda a, b: torch.where(finite, a, b), new, old)
+
+
+def consuming_update(
+    tx: Any, grads: PyTree, owned: list[PyTree], finite: torch.Tensor | None = None
+) -> tuple[Any, Any]:
     r"""The same bits from ``owned = [params, moments]``, which nobody else may hold.
 
     A ``leafwise`` transformation updates a group of leaves at a time, and the old ones
@@ -40,12 +56,13 @@ def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, 
     if halves := getattr(tx, "halves", ()):
         first, rest, cut = halves
         updates, done = first.update(grads, moments[:cut], params)
+        done = _chosen(finite, done, moments[:cut])
         owned = [params, moments[cut:]]
         del params, moments
-        params, left = consuming_update(rest, updates, owned)
+        params, left = consuming_update(rest, updates, owned, finite)
         return params, (*done, *left)
     if not getattr(tx, "leafwise", False):
-        return pure_update(tx, grads, moments, params)
+        return pure_update(tx, grads, moments, params, finite)
     spec, (leaves, outline) = tree_structure(params), tree_flatten(params, is_sharded)
     grad_leaves = tree_flatten(grads, is_sharded)[0]
     columns, rebuild = _mirrors(moments, spec)
@@ -54,7 +71,9 @@ def consuming_update(tx: Any, grads: PyTree, owned: list[PyTree]) -> tuple[Any, 
         some_params = _only(outline, leaves, group)
         some_moments = rebuild([_only(outline, column, group) for column in columns])
         some_grads = _only(outline, grad_leaves, group)
-        updated, new_moments = pure_update(tx, some_grads, some_moments, some_params)
+        updated, new_moments = pure_update(
+            tx, some_grads, some_moments, some_params, finite
+        )
         new_columns, finish = _mirrors(new_moments, tree_structure(some_params))
         for column, new in zip(
             [leaves, *columns], [updated, *new_columns], strict=True

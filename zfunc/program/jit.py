@@ -151,7 +151,8 @@ def _traceable(step: TrainStep, state: TrainState) -> TrainState:
     return state.replace(
         grads=None,
         moments=step.moments_of(state),
-        metrics=Metrics(loss, state.metrics.grad_norm, {}),
+        loss_scale=step.loss_scale_of(state),
+        metrics=Metrics(loss, state.metrics.grad_norm, state.metrics.skipped, {}),
     )
 
 

@@ -96,8 +96,9 @@ def layout_of(state: TrainState, batch: PyTree, out_spec: Any) -> Layout:
 def _flat(state: TrainState, batch: PyTree) -> tuple[list[Any], Any]:
     """What a step reads of its arguments, in the order of a program's inputs."""
     metrics = state.metrics
-    read = (state.step, state.params, state.moments, state.key)
-    return tree_flatten((*read, metrics.loss, metrics.grad_norm, batch), _IS_SHARDED)
+    read = (state.step, state.params, state.moments, state.loss_scale, state.key)
+    measured = (metrics.loss, metrics.grad_norm, metrics.skipped)
+    return tree_flatten((*read, *measured, batch), _IS_SHARDED)
 
 
 def _shown(nodes: list[Any]) -> tuple[Shown, list[torch.Tensor]]:

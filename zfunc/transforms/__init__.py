@@ -2,7 +2,11 @@
 """Transformations of a ``TrainStep``: each replaces a slot."""
 
 from .accumulate import accumulate as accumulate
+from .loss_scale import DynamicLossScale as DynamicLossScale
+from .loss_scale import LossScale as LossScale
+from .loss_scale import StaticLossScale as StaticLossScale
 from .partition import partition as partition
 from .precision import Policy as Policy
 from .precision import precision as precision
+from .precision import skip_nonfinite as skip_nonfinite
 from .remat import remat as remat

@@ -77,7 +77,8 @@ def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
         totals: list[torch.Tensor] = []
         spec: Any = None
         for microbatch, index in zip(batches, indices, strict=True):
-            out = grad_fn(params, microbatch, Samples(samples.key, index))
+            which = Samples(samples.key, index, samples.loss_scale)
+            out = grad_fn(params, microbatch, which)
             leaves, spec = tree_flatten(out)
             del out
             _add_up(totals, leaves)
@@ -98,7 +99,7 @@ def _traced(
     ]
     rest = [i for i, x in enumerate(leaves) if i not in sliced]
     tensors = [i for i in rest if isinstance(leaves[i], torch.Tensor)]
-    weights, params_spec = tree_flatten((params, samples.key))
+    weights, params_spec = tree_flatten((params, samples.key, samples.loss_scale))
     out_spec: list[Any] = []
 
     def one(operands: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -106,10 +107,12 @@ def _traced(
         for i, x in zip(sliced + tensors, operands, strict=False):
             values[i] = x
         piece, index = tree_unflatten(spec, values)
-        params, key = tree_unflatten(
+        params, key, scale = tree_unflatten(
             params_spec, operands[len(sliced) + len(tensors) :]
         )
-        outs, structure = tree_flatten(grad_fn(params, piece, Samples(key, index)))
+        outs, structure = tree_flatten(
+            grad_fn(params, piece, Samples(key, index, scale))
+        )
         out_spec.append(structure)
         return [widen(x) for x in outs]
 

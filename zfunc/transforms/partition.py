@@ -173,7 +173,7 @@ class _Stage:
             offset = collectives.axis_index(self.wire.axis, mesh)
             index = samples.index + offset * samples.index.shape[0]
             tally, grads = grad_fn(
-                self._enter(params), batch, Samples(samples.key, index)
+                self._enter(params), batch, samples._replace(index=index)
             )
             tally = collectives.psum(tally, self.wire.axis, mesh)
             return tally, self._sum_rest(self._scatter(grads))

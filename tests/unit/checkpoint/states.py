@@ -80,7 +80,9 @@ def state_on(axes, rank, full, placements, kind="process"):
     ]
     count = torch.tensor(3)
     zero = torch.zeros(())
-    return zf.TrainState(count, params, {}, (), count, Metrics(zero, zero, {}))
+    return zf.TrainState(
+        count, params, {}, (), None, count, Metrics(zero, zero, count, {})
+    )
 
 
 def saved_by_ranks(root, axes, full, placements):

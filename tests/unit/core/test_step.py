@@ -62,7 +62,7 @@ def test_a_plain_step_has_the_plain_slots():
     assert step.tx is tx
     assert step.grad is local_grad
     assert step.accumulate is keep
-    assert step._fields == ("loss", "tx", "grad", "accumulate")
+    assert step._fields == ("loss", "tx", "grad", "accumulate", "scaling")
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_any_other_text_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fp16", "float16 needs loss scaling"),
-        ("compute=f16", "cannot read 'compute=f16'"),
+        ("fp8", "DTYPE one of bf16, fp16, f32, f64"),
+        ("compute=f8", "cannot read 'compute=f8'"),
         ("compute=bf16,compute=f32", "cannot read 'compute=f32'"),
         ("output=f32", "names no compute dtype"),
         ("params=bf16,compute=bf16", r"zf.shard\(params, mesh, dtype=...\)"),
@@ -93,12 +93,12 @@ def test_messages(text, message):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.int32, torch.float8_e4m3fn, "bf16"]
+    "dtype", [torch.float8_e5m2, torch.int32, torch.float8_e4m3fn, "bf16"]
 )
 def test_a_policy_of_other_dtypes(dtype):
-    with pytest.raises(ValueError, match="must be one of bf16, f32, f64"):
+    with pytest.raises(ValueError, match="must be one of bf16, fp16, f32, f64"):
         zf.Policy(dtype)
-    with pytest.raises(ValueError, match="must be one of bf16, f32, f64"):
+    with pytest.raises(ValueError, match="must be one of bf16, fp16, f32, f64"):
         zf.Policy(BF16, dtype)
 
 
