@@ -21,7 +21,7 @@ from .core.collectives import psum as psum
 from .core.collectives import psum_scatter as psum_scatter
 from .interop import from_dtensor as from_dtensor
 from .interop import to_dtensor as to_dtensor
-from .core.donation import donate as donate
+from .transforms.donation import donate as donate
 from .core.errors import CheckpointError as CheckpointError
 from .core.errors import DonatedBufferError as DonatedBufferError
 from .core.errors import LossError as LossError

@@ -9,15 +9,22 @@ from types import SimpleNamespace
 import torch
 
 import zfunc as zf
-from zfunc.core import collectives, donation, sharding, step, update, wire
+from zfunc.core import collectives, sharding, step, update, wire
 from zfunc.core.mesh import Mesh
 from zfunc.core.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from zfunc.testing import recipe as recipes
 
 # Modules whose package exports a function of the same name.
-accumulate, gathered, partition, precision, remat = (
+accumulate, donation, gathered, partition, precision, remat = (
     importlib.import_module(f"zfunc.transforms.{name}")
-    for name in ("accumulate", "gathered", "partition", "precision", "remat")
+    for name in (
+        "accumulate",
+        "donation",
+        "gathered",
+        "partition",
+        "precision",
+        "remat",
+    )
 )
 adam, clip, sgd = (
     importlib.import_module(f"zfunc.optim.{name}") for name in ("adam", "clip", "sgd")

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from zfunc.core.donation import check_placed
 from zfunc.core.sharding import is_sharded
 from zfunc.core.state import Metrics, TrainState, check_usable
 from zfunc.core.step import TrainStep
@@ -27,6 +26,7 @@ from zfunc.program.layout import Layout, Matched, layout_of
 from zfunc.program.passes import DEFAULT
 from zfunc.program.program import Pass, Program
 from zfunc.program.trace import trace, with_kind
+from zfunc.transforms.donation import check_placed
 
 logger = logging.getLogger("zfunc.jit")
 

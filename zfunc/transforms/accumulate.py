@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 
-from zfunc.core.step import (
-    GradFn,
-    Samples,
-    TrainStep,
-    Transform,
-    named,
-    sample_counts,
-)
+from zfunc.core.step import GradFn, TrainStep, Transform
+from zfunc.core.tally import Samples, named, sample_counts
 from zfunc.core.tree import PyTree, tree_flatten, tree_map, tree_unflatten
 from zfunc.core.update import widen
 from zfunc.transforms import loop

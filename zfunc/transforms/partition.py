@@ -18,7 +18,8 @@ from zfunc.core.sharding import (
     is_sharded,
     scatter_sum_buffers,
 )
-from zfunc.core.step import GradFn, LossFn, Samples, Tally, TrainStep, Transform, named
+from zfunc.core.step import GradFn, TrainStep, Transform
+from zfunc.core.tally import LossFn, Samples, Tally, named
 from zfunc.core.tree import (
     PyTree,
     leaves_with_path,

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 import torch
 
 from zfunc.core.state import Mean
-from zfunc.core.step import LossFn, Samples, Tally, TrainStep, Transform, named
+from zfunc.core.step import TrainStep, Transform
+from zfunc.core.tally import LossFn, Samples, Tally, named
 from zfunc.core.tree import PyTree, tree_map
 from zfunc.transforms.gathered import cast_leaf
 from zfunc.transforms.loss_scale import DynamicLossScale, StaticLossScale

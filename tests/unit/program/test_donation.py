@@ -17,7 +17,7 @@ from tests.unit.core.common import (
     example_params,
     randn,
 )
-from tests.unit.core.test_donation import OPTIMIZERS, USES, loss
+from tests.unit.transforms.test_donation import OPTIMIZERS, USES, loss
 from zfunc.core.errors import DonatedBufferError, PlacementError
 from zfunc.core.sharding import Sharded
 from zfunc.core.tree import leaves_with_path, tree_leaves

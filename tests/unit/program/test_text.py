@@ -92,7 +92,7 @@ def test_inputs_and_outputs_go_by_their_paths():
 def test_a_loop_is_indented_and_says_what_it_cuts():
     text = zero3().as_text()
     assert "sum of 2 calls:" in text
-    assert re.search(r"^    %\d+ .* piece of %18, one of 2 along dim 0$", text, re.M)
+    assert re.search(r"^    %\d+ .* piece of %19, one of 2 along dim 0$", text, re.M)
     assert re.search(r"^    return %\d+(, %\d+)+$", text, re.MULTILINE)
 
 
