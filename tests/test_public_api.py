@@ -28,11 +28,13 @@ NAMES = {
         tree_map unshard value_and_grad
         """,
     "zfunc.optim": """
-        GradientTransformation Mask ScaleByAdamMoments ScaleByLearningRateMoments
-        Schedule TraceMoments adam adamw add_decayed_weights apply_updates chain
-        clip_by_global_norm clip_by_value constant decay_matrices identity
-        scale_by_adam scale_by_learning_rate sgd stateless trace warmup_cosine
-        warmup_linear
+        GradientTransformation Mask OneCycle ScaleByAdamMoments
+        ScaleByLearningRateMoments Schedule TraceMoments adam adamw
+        add_decayed_weights apply_updates chain clip_by_global_norm
+        clip_by_value constant cosine decay_matrices identity join lr_range_test
+        one_cycle scale_by_adam scale_by_learning_rate scaled sgd stateless
+        trace warmup_cosine warmup_cosine_lr warmup_decay_lr warmup_linear
+        warmup_lr wsd
         """,
     "zfunc.testing": """
         EquivalenceError Lockstep LockstepError Recipe Simulation assert_equivalent
@@ -106,6 +108,23 @@ SIGNATURES = {
     "optim.chain": "(*transformations)",
     "optim.clip_by_global_norm": "(max_norm)",
     "optim.apply_updates": "(params, updates)",
+    "optim.cosine": "(peak, total_steps, end=0.0)",
+    "optim.join": "(schedules, boundaries)",
+    "optim.lr_range_test": "(lr_range_test_min_lr=0.001, lr_range_test_step_size=2000, "
+    "lr_range_test_step_rate=1.0, lr_range_test_staircase=False)",
+    "optim.one_cycle": "(cycle_min_lr, cycle_max_lr, decay_lr_rate=0.0, "
+    "cycle_first_step_size=2000, cycle_second_step_size=None, "
+    "cycle_first_stair_count=0, cycle_second_stair_count=None, decay_step_size=0, "
+    "cycle_momentum=True, cycle_min_mom=0.8, cycle_max_mom=0.9, decay_mom_rate=0.0)",
+    "optim.scaled": "(schedule, factor)",
+    "optim.warmup_cosine_lr": "(lr, total_num_steps, warmup_min_ratio=0.0, "
+    "warmup_num_steps=1000, cos_min_ratio=0.0001, warmup_type='log')",
+    "optim.warmup_decay_lr": "(total_num_steps, warmup_min_lr=0.0, "
+    "warmup_max_lr=0.001, warmup_num_steps=1000, warmup_type='log')",
+    "optim.warmup_lr": "(warmup_min_lr=0.0, warmup_max_lr=0.001, "
+    "warmup_num_steps=1000, warmup_type='log')",
+    "optim.wsd": "(peak, warmup_steps, decay_steps, total_steps, end=0.0, "
+    "decay_type='linear')",
 }
 
 FIELDS = {

@@ -15,6 +15,7 @@ from zfunc.optim.base import (
 )
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import add_decayed_weights
+from zfunc.optim.schedule_values import check_factor, factor_at, rounded
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 
 
@@ -34,7 +35,7 @@ class ScaleByAdamMoments:
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    b1: float | Schedule = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> GradientTransformation:
     r"""Divide a running mean of the updates by the root of a mean of their squares.
 
@@ -48,8 +49,14 @@ def scale_by_adam(
     The bias corrections are computed in float64: in float32, :math:`1 - 0.999^t` is
     wrong by 1e-5 of itself at the first step.
 
+    With a schedule of :math:`\beta_1`, update t uses its value at t - 1, the number of
+    updates before, in :math:`\mu_t` and, as if it had always been that, in the bias
+    correction :math:`1 - \beta_1^t`. (What has been left out of :math:`\mu_t` is the
+    product of all values so far; torch and DeepSpeed use the power of the present one.)
+
     Args:
-      b1: :math:`\beta_1` in [0, 1).
+      b1: :math:`\beta_1` in [0, 1), or a schedule with such values (a value of 1 or
+        more is not noticed: reading it would wait for the device).
       b2: :math:`\beta_2` in [0, 1).
       eps: :math:`\epsilon`, at least 0; in units of the gradient.
 
@@ -58,13 +65,15 @@ def scale_by_adam(
       float32 at least.
 
     Raises:
-      TypeError: A hyper-parameter that is not a number.
+      TypeError: A hyper-parameter that is not a number; or (from ``update``) a
+        schedule that returns something else than a number or a 0-d tensor.
       ValueError: One out of its range.
       StructureError: (from ``update``) the moments of something else.
 
     Laws:
-      With constant updates u' is their sign (to ``eps``). Where all updates were 0, so
-      is u', also with ``eps=0``: padding stays zero.
+      With a constant ``b1`` and constant updates u' is their sign (to ``eps``). Where
+      all updates were 0, so is u', also with ``eps=0``: padding stays zero. The moments
+      of a constant ``b1`` are those of a schedule.
 
     Examples:
       >>> tx, p = scale_by_adam(), torch.zeros(3)
@@ -78,7 +87,7 @@ def scale_by_adam(
       ``torch.optim`` and optax give NaN where ``eps=0`` and all gradients were 0.
       optax computes the bias corrections in JAX's default float32.
     """
-    b1 = check_number("scale_by_adam: b1", b1, high=1.0, instead="b1=0.9")
+    b1 = check_factor("scale_by_adam: b1", b1, high=1.0, instead="b1=0.9")
     b2 = check_number("scale_by_adam: b2", b2, high=1.0, instead="b2=0.999")
     eps = check_number("scale_by_adam: eps", eps, instead="eps=1e-8")
 
@@ -93,13 +102,17 @@ def scale_by_adam(
         expected = ScaleByAdamMoments(LEAF, updates, updates)
         check_moments("scale_by_adam", expected, moments)
         count = moments.count + 1
-        mu = tree_map(
-            lambda m, u: b1 * m + (1 - b1) * u.to(m.dtype), moments.mu, updates
-        )
+        keep = factor_at("scale_by_adam: b1", b1, moments.count)
+
+        def mean(m: Tensor, u: Tensor) -> Tensor:
+            new = rounded(1 - keep, m.dtype)
+            return rounded(keep, m.dtype) * m + new * u.to(m.dtype)
+
+        mu = tree_map(mean, moments.mu, updates)
         nu = tree_map(
             lambda n, u: b2 * n + (1 - b2) * u.to(n.dtype).square(), moments.nu, updates
         )
-        weight1 = 1 - torch.pow(b1, count.to(torch.float64))
+        weight1 = 1 - torch.pow(keep, count.to(torch.float64))
         weight2 = 1 - torch.pow(b2, count.to(torch.float64))
 
         def scaled(m: Tensor, n: Tensor) -> Tensor:
@@ -114,7 +127,7 @@ def scale_by_adam(
 
 def adam(
     learning_rate: float | Schedule,
-    b1: float = 0.9,
+    b1: float | Schedule = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -126,7 +139,7 @@ def adam(
 
     Args:
       learning_rate: :math:`\eta`, at least 0, or a schedule.
-      b1: Decay of the mean, in [0, 1).
+      b1: Decay of the mean, in [0, 1), or a schedule (see ``scale_by_adam``).
       b2: Decay of the mean square, in [0, 1).
       eps: Added to the denominator, at least 0.
       weight_decay: :math:`\lambda`, at least 0.

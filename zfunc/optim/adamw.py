@@ -9,7 +9,7 @@ from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 
 def adamw(
     learning_rate: float | Schedule,
-    b1: float = 0.9,
+    b1: float | Schedule = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
@@ -21,7 +21,7 @@ def adamw(
 
     Args:
       learning_rate: :math:`\eta`, at least 0, or a schedule. It scales the decay too.
-      b1: Decay of the mean, in [0, 1).
+      b1: Decay of the mean, in [0, 1), or a schedule (see ``scale_by_adam``).
       b2: Decay of the mean square, in [0, 1).
       eps: Added to the denominator, at least 0.
       weight_decay: :math:`\lambda`, at least 0.

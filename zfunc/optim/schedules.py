@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning-rate schedules: functions from the step to the rate, on the device."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -18,8 +17,9 @@ from zfunc.optim.base import (
     widen,
 )
 from zfunc.optim.checks import check_count, check_number
-
-Schedule = Callable[[Tensor], Tensor | float]
+from zfunc.optim.schedule_values import Schedule as Schedule
+from zfunc.optim.schedule_values import as_float, half_cosine
+from zfunc.optim.schedule_values import value_at as value_at
 
 
 def constant(value: float) -> Callable[[Tensor | int], Tensor]:
@@ -43,7 +43,7 @@ def constant(value: float) -> Callable[[Tensor | int], Tensor]:
       optax returns the Python float.
     """
     rate = check_number("constant: value", value, instead="constant(3e-4)")
-    return lambda step: torch.full_like(_as_float(step), rate)
+    return lambda step: torch.full_like(as_float(step), rate)
 
 
 def warmup_linear(
@@ -127,11 +127,49 @@ def warmup_cosine(
       ``CosineAnnealingLR`` rises again after T. nanoGPT's warm-up is
       :math:`(t + 1) / (W + 1)`, so that its first update moves something.
     """
-
-    def half_cosine(r: Tensor) -> Tensor:
-        return (r * (math.pi / 2)).sin().square()  # = (1 - cos(pi r)) / 2
-
     return _warmup("warmup_cosine", peak, warmup_steps, total_steps, end, half_cosine)
+
+
+def cosine(
+    peak: float, total_steps: int, end: float = 0.0
+) -> Callable[[Tensor | int], Tensor]:
+    r"""Fall from the peak to the end along half a cosine: ``warmup_cosine`` with W = 0.
+
+    .. math::
+      \eta(t) = \text{end} + (\text{peak} - \text{end})
+        \frac{1 + \cos(\pi \min(t / T, 1))}{2}
+
+    Exactly the peak at step 0, and the end at step T and after.
+
+    Args:
+      peak: The first rate, at least 0.
+      total_steps: T, in updates; at least 1.
+      end: The last rate, at least 0.
+
+    Returns:
+      The schedule; its result is 0-d float64, on the device of the step.
+
+    Raises:
+      TypeError: A rate that is not a number or a count that is not an int.
+      ValueError: A negative rate, or fewer than one step.
+
+    Laws:
+      ``torch.optim.lr_scheduler.CosineAnnealingLR`` up to step T, to rounding.
+
+    Examples:
+      >>> rate = cosine(1.0, total_steps=4)
+      >>> [round(float(rate(step)), 3) for step in range(6)]
+      [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    References:
+      Loshchilov and Hutter, `SGDR <https://arxiv.org/abs/1608.03983>`_, 2017, equation
+      5 without restarts.
+
+    Differs from:
+      ``CosineAnnealingLR`` rises again after T. DeepSpeed has it only with a warm-up:
+      ``warmup_cosine_lr``.
+    """
+    return _warmup("cosine", peak, 0, total_steps, end, half_cosine)
 
 
 def _warmup(
@@ -158,25 +196,13 @@ def _warmup(
         )
 
     def schedule(step: Tensor | int) -> Tensor:
-        t = _as_float(step)
+        t = as_float(step)
         left = shape(((total - t) / max(total - warm, 1)).clamp(0.0, 1.0))
         # A weighted mean: exact at both ends, which end + (peak - end) * left is not.
         fall = high * left + low * (1.0 - left)
         return torch.where(t < warm, high * (t / max(warm, 1)), fall)
 
     return schedule
-
-
-def _as_float(step: Any) -> Tensor:
-    """The step in float64, which holds every int up to 2^53."""
-    if isinstance(step, Tensor):
-        return step.to(torch.float64)
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(
-            f"a schedule was given a {type(step).__name__}, expected the step as an "
-            "int or a tensor; type for example schedule(0)"
-        )
-    return torch.tensor(step, dtype=torch.float64)
 
 
 @pytree
@@ -229,7 +255,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     ) -> tuple[PyTree, PyTree]:
         expected = ScaleByLearningRateMoments(LEAF)
         check_moments("scale_by_learning_rate", expected, moments)
-        rate = _checked_rate(schedule(moments.count), moments.count)
+        rate = value_at("the learning-rate schedule", schedule, moments.count)
 
         def one(u: Tensor) -> Tensor:
             wide = widen(u)
@@ -251,16 +277,3 @@ def _as_schedule(learning_rate: Any) -> Schedule:
             "warmup_cosine(3e-4, warmup_steps=100, total_steps=1000)"
         )
     return constant(check_number("learning_rate", learning_rate, instead="3e-4"))
-
-
-def _checked_rate(rate: Any, count: Tensor) -> Tensor:
-    if isinstance(rate, Tensor) and rate.dim() == 0:
-        return rate
-    if isinstance(rate, bool) or not isinstance(rate, Real):
-        kind, shape = type(rate).__name__, getattr(rate, "shape", None)
-        got = f"a {kind}" if shape is None else f"a {kind} of shape {tuple(shape)}"
-        raise TypeError(
-            f"the learning-rate schedule returned {got}, expected a 0-d tensor or a "
-            "number; type for example lambda step: 0.1 * 0.5**step"
-        )
-    return torch.full_like(count, float(rate), dtype=torch.float64)

@@ -17,6 +17,7 @@ from zfunc.optim.base import (
 )
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import add_decayed_weights
+from zfunc.optim.schedule_values import check_factor, factor_at, rounded
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 
 
@@ -34,7 +35,7 @@ class TraceMoments:
 
 
 def trace(
-    momentum: float, *, nesterov: bool = False, dampening: float = 0.0
+    momentum: float | Schedule, *, nesterov: bool = False, dampening: float = 0.0
 ) -> GradientTransformation:
     r"""Replace each update by a decaying sum of all updates so far.
 
@@ -44,8 +45,11 @@ def trace(
       b_t &= \mu b_{t-1} + d_t u_t, \quad d_1 = 1, \; d_{t>1} = 1 - \text{dampening} \\
       u'_t &= u_t + \mu b_t \text{ if nesterov, else } b_t
 
+    With a schedule of :math:`\mu`, update t uses its value at t - 1, the number of
+    updates before.
+
     Args:
-      momentum: The factor :math:`\mu`, at least 0.
+      momentum: The factor :math:`\mu`, at least 0, or a schedule.
       nesterov: Look ahead along the new trace.
       dampening: What the updates after the first are reduced by.
 
@@ -54,7 +58,8 @@ def trace(
       float32 at least.
 
     Raises:
-      TypeError: A hyper-parameter of the wrong kind.
+      TypeError: A hyper-parameter of the wrong kind; or (from ``update``) a schedule
+        that returns something else than a number or a 0-d tensor.
       ValueError: ``momentum`` is negative; ``nesterov`` without momentum or with
         dampening; dampening outside of [0, 1], or without momentum.
       StructureError: (from ``update``) the moments of something else.
@@ -74,8 +79,8 @@ def trace(
       optax's ``trace`` has no dampening. The count is kept for every dampening, so
       that the structure of the moments does not depend on a hyper-parameter.
     """
-    mu = check_number("trace: momentum", momentum, instead="momentum=0.9")
-    damp = _check_trace(mu, nesterov, dampening)
+    momentum = check_factor("trace: momentum", momentum, instead="momentum=0.9")
+    damp = _check_trace(momentum, nesterov, dampening)
 
     def init(params: PyTree) -> PyTree:
         return TraceMoments(new_count(params), zeros_wide(params))
@@ -85,20 +90,23 @@ def trace(
     ) -> tuple[PyTree, PyTree]:
         check_moments("trace", TraceMoments(LEAF, updates), moments)
         gain = 1.0 - damp * (moments.count > 0).to(torch.float64)
+        mu = factor_at("trace: momentum", momentum, moments.count)
         traces = tree_map(
-            lambda b, u: mu * b + gain.to(b.dtype) * u.to(b.dtype),
+            lambda b, u: rounded(mu, b.dtype) * b + gain.to(b.dtype) * u.to(b.dtype),
             moments.trace,
             updates,
         )
         after = TraceMoments(moments.count + 1, traces)
         if not nesterov:
             return traces, after
-        return tree_map(lambda u, b: widen(u) + mu * b, updates, traces), after
+        return tree_map(
+            lambda u, b: widen(u) + rounded(mu, b.dtype) * b, updates, traces
+        ), after
 
     return GradientTransformation(init, update, leafwise=True)
 
 
-def _check_trace(momentum: float, nesterov: bool, dampening: float) -> float:
+def _check_trace(momentum: float | Schedule, nesterov: bool, dampening: float) -> float:
     damp = check_number("trace: dampening", dampening, instead="dampening=0.0")
     if damp > 1:
         raise ValueError(
@@ -125,7 +133,7 @@ def _check_trace(momentum: float, nesterov: bool, dampening: float) -> float:
 
 def sgd(
     learning_rate: float | Schedule,
-    momentum: float = 0.0,
+    momentum: float | Schedule = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
     dampening: float = 0.0,
@@ -138,7 +146,7 @@ def sgd(
 
     Args:
       learning_rate: :math:`\eta`, at least 0, or a schedule.
-      momentum: :math:`\mu`, at least 0; 0 keeps no buffer.
+      momentum: :math:`\mu`, at least 0, or a schedule; the number 0 keeps no buffer.
       nesterov: Nesterov's variant; needs momentum.
       weight_decay: :math:`\lambda`, at least 0.
       dampening: See ``trace``.
@@ -168,11 +176,8 @@ def sgd(
       ``torch.optim.SGD`` accepts a dampening without momentum and ignores it; here
       it is an error.
     """
-    damp = _check_trace(
-        check_number("sgd: momentum", momentum, instead="momentum=0.9"),
-        nesterov,
-        dampening,
-    )
+    momentum = check_factor("sgd: momentum", momentum, instead="momentum=0.9")
+    damp = _check_trace(momentum, nesterov, dampening)
     return chain(
         add_decayed_weights(weight_decay),
         trace(momentum, nesterov=nesterov, dampening=damp) if momentum else identity(),
