@@ -27,6 +27,10 @@ NAMES = {
         reshard shard skip_nonfinite testing to_dtensor train_step tree_leaves
         tree_map unshard value_and_grad
         """,
+    "zfunc.checkpoint": """
+        Damage DamagedError Keep Newest Pending Restored latest list_steps remove_old
+        restore restore_newest save save_async
+        """,
     "zfunc.optim": """
         GradientTransformation Mask OneCycle ScaleByAdamMoments
         ScaleByLearningRateMoments Schedule TraceMoments adam adamw
@@ -82,6 +86,12 @@ SIGNATURES = {
     "axis_index": "(axis, mesh)",
     "axis_size": "(axis, mesh)",
     "global_norm": "(tree)",
+    "checkpoint.save": "(root, state, *, cursor=None, meta=None, keep=None)",
+    "checkpoint.save_async": "(root, state, *, cursor=None, meta=None, keep=None)",
+    "checkpoint.restore": "(path, like, *, verify=True)",
+    "checkpoint.restore_newest": "(root, like, *, verify=True)",
+    "checkpoint.remove_old": "(root, keep)",
+    "checkpoint.Keep": "(last=1, every=None)",
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
     "persistence_threshold=0)",
@@ -132,6 +142,9 @@ FIELDS = {
     "TrainStep": "loss tx grad accumulate scaling",
     "Metrics": "loss grad_norm skipped aux",
     "Mean": "total weight",
+    "checkpoint.Restored": "state cursor meta",
+    "checkpoint.Newest": "path restored damaged",
+    "checkpoint.Damage": "path why",
     "Sharded": "buffer sharding global_shape",
     "NamedSharding": "mesh spec memory_kind",
     "optim.GradientTransformation": "init update leafwise halves",

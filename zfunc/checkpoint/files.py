@@ -7,12 +7,14 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from zfunc.checkpoint.damage import DamagedError
 from zfunc.core.errors import CheckpointError
 
 
@@ -21,18 +23,18 @@ def open_regular(path: Path) -> io.BufferedReader:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is none.
-      CheckpointError: it is not a regular file.
+      DamagedError: it is not a regular file.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise CheckpointError(f"{path}: a symbolic link, not a file.") from None
+            raise DamagedError(f"{path}: a symbolic link, not a file.") from None
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path}: not a regular file.")
+            raise DamagedError(f"{path}: not a regular file.")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -69,7 +71,8 @@ def write_durably(
       chunks: made one at a time; none is kept.
 
     Raises:
-      CheckpointError: the file could not be written, with its path and size.
+      CheckpointError: the file could not be written, with its path and size; if the
+        disk is full, with the bytes that were free.
 
     Example:
       >>> import tempfile
@@ -79,6 +82,7 @@ def write_durably(
     """
     digest = hashlib.sha256()
     try:
+        free_bytes = shutil.disk_usage(path.parent).free
         with open(path, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -89,6 +93,11 @@ def write_durably(
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = ". The root must be on a file system that all ranks share"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = (
+                f"; {free_bytes} bytes were free when it began. Make room, or keep "
+                "fewer checkpoints (keep=zf.checkpoint.Keep(last=...))"
+            )
         reason = error.strerror or str(error)
         raise CheckpointError(
             f"{path}: cannot write {size_bytes} bytes: {reason}{hint}."

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from zfunc.checkpoint.manifest import OtherSchemaError, read_manifest, step_name
+from zfunc.checkpoint.damage import OtherSchemaError
+from zfunc.checkpoint.manifest import read_manifest, step_name
 from zfunc.core.errors import CheckpointError
 
 
@@ -51,7 +52,8 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
       CheckpointError: as ``list_steps``.
 
     Laws: after a crash at any moment of a ``save``, this is the checkpoint before it or
-    the new one, whole.
+    the new one, whole. Of what is damaged later only the manifest is seen here:
+    ``restore`` sees the rest, and ``restore_newest`` passes it over.
 
     Differs from DeepSpeed and torch DCP: found by looking, so there is no pointer that
     is updated before what it points to.
@@ -81,8 +83,16 @@ def is_step_name(name: str) -> bool:
     return match is not None and name == step_name(int(match[1]))
 
 
-def _complete(root: Path) -> Iterator[tuple[int, Path]]:
-    """Complete checkpoints, newest first."""
+def step_directories(root: Path) -> tuple[Path, ...]:
+    """The directories with the name of a step, newest first, whatever is in them.
+
+    Raises:
+      CheckpointError: ``root`` cannot be read; one that does not exist is empty.
+
+    Example:
+      >>> step_directories(Path("a-directory-that-does-not-exist"))
+      ()
+    """
     try:
         with os.scandir(root) as entries:
             names = [
@@ -90,16 +100,33 @@ def _complete(root: Path) -> Iterator[tuple[int, Path]]:
                 for entry in entries
                 if is_step_name(entry.name) and entry.is_dir(follow_symlinks=False)
             ]
-        numbered = {int(name.removeprefix("step-")): root / name for name in names}
-        for step in sorted(numbered, reverse=True):
-            if _is_complete(numbered[step], step):
-                yield step, numbered[step]
     except FileNotFoundError:
-        return
+        return ()
     except OSError as error:
-        raise CheckpointError(
-            f"{root}: cannot look for checkpoints: {error.strerror or error}."
-        ) from error
+        raise _cannot_look(root, error) from error
+    return tuple(root / name for name in sorted(names, key=_step_of, reverse=True))
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _cannot_look(root: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{root}: cannot look for checkpoints: {error.strerror or error}."
+    )
+
+
+def _complete(root: Path) -> Iterator[tuple[int, Path]]:
+    """Complete checkpoints, newest first."""
+    for path in step_directories(root):
+        step = _step_of(path.name)
+        try:
+            complete = _is_complete(path, step)
+        except OSError as error:
+            raise _cannot_look(root, error) from error
+        if complete:
+            yield step, path
 
 
 def _is_complete(directory: Path, step: int) -> bool:

@@ -27,14 +27,14 @@ from pydantic import (
     model_validator,
 )
 
+from zfunc.checkpoint.damage import DamagedError, OtherSchemaError
 from zfunc.checkpoint.files import open_regular
 from zfunc.checkpoint.layout import is_stored_by, local_shape, stored_dtype
 from zfunc.checkpoint.skeleton import Skeleton
-from zfunc.core.errors import CheckpointError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 2**28
+MAX_MANIFEST_BYTES = 2**26
 HEADER_ALIGNMENT_BYTES = 8
 METRICS_PREFIX = "metrics/"
 MAX_METRIC_BYTES = 2**20
@@ -42,15 +42,6 @@ MAX_METRIC_BYTES = 2**20
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Axis = tuple[str, Annotated[int, Field(ge=1, lt=2**31)]]
-
-
-class OtherSchemaError(CheckpointError):
-    """A manifest of a version that this zfunc does not read: not damage.
-
-    Example:
-      >>> issubclass(OtherSchemaError, CheckpointError)
-      True
-    """
 
 
 class FileEntry(BaseModel):
@@ -267,7 +258,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
     """The manifest in ``text``, which was read from ``where``.
 
     Raises:
-      CheckpointError: it is not one, with the first fields that are wrong.
+      DamagedError: it is not one, with the first fields that are wrong.
     """
     try:
         version = _Version.model_validate_json(text).schema_version
@@ -283,13 +274,13 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
             at = ".".join(map(str, item["loc"]))
             lines.append(f"  {at + ': ' if at else ''}{item['msg'][:400]}")
         lines.append("It is damaged: restore another step (see list_steps).")
-        raise CheckpointError("\n".join(lines)) from None
+        raise DamagedError("\n".join(lines)) from None
     try:
         intact = manifest.manifest_sha256 == _hash_of(json.loads(text))
     except ValueError:  # an integer that Python does not read
         intact = False
     if not intact:
-        raise CheckpointError(
+        raise DamagedError(
             f"{where}: its manifest_sha256 is not that of its contents. It is damaged: "
             "restore another step (see list_steps)."
         )
@@ -309,13 +300,13 @@ def read_manifest(directory: Path) -> tuple[Manifest, bytes]:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is none.
-      CheckpointError: it is damaged.
+      DamagedError: it is damaged.
     """
     where = directory / MANIFEST_NAME
     with open_regular(where) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{where}: {size_bytes} bytes, a manifest has at most "
                 f"{MAX_MANIFEST_BYTES}."
             )

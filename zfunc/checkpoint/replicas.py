@@ -8,12 +8,12 @@ would pick a winner in silence.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from zfunc.checkpoint.agree import agree
+from zfunc.checkpoint.agree import Peers, agree
 from zfunc.checkpoint.files import tensor_bytes
 from zfunc.checkpoint.layout import coordinates
 from zfunc.checkpoint.manifest import METRICS_PREFIX, LeafEntry, Manifest
@@ -24,7 +24,7 @@ PATHS_SHOWN = 8
 
 
 def check_replicas(
-    mesh: Mesh, what: str, manifest: Manifest, buffers: Mapping[str, torch.Tensor]
+    peers: Peers, what: str, manifest: Manifest, buffers: Mapping[str, torch.Tensor]
 ) -> None:
     """Raise on every rank if two ranks hold different bits of the same piece of a leaf.
 
@@ -34,6 +34,7 @@ def check_replicas(
     Raises:
       CheckpointError: with the leaves' paths and the ranks.
     """
+    mesh = peers.mesh
     if mesh.size == 1:
         return
 
@@ -41,22 +42,36 @@ def check_replicas(
         hashes = _leaf_hashes(mesh, manifest, buffers)
         return hashes, {piece: _combined(leaves) for piece, leaves in hashes.items()}
 
-    hashes, reports = agree(mesh, what, work)
-    odd = _odd_ranks(reports)
+    hashes, reports = agree(peers, what, work)
+    odd = _odd_pieces(reports)
     if not odd:
         return
     mine = {piece: leaves for piece, leaves in hashes.items() if piece in odd}
-    details = agree(mesh, what, lambda: (None, mine)).reports
-    lines = []
-    for piece, (first, other) in odd.items():
-        one, two = details[first][piece], details[other][piece]
-        paths = [path for path in one if one[path] != two[path]]
-        lines += [f"  ranks {first} and {other}: {p}" for p in paths[:PATHS_SHOWN]]
+    details = agree(peers, what, lambda: (None, mine)).reports
+    lines = [f"  {line}" for piece in odd for line in _culprits(piece, details)]
+    hidden = len(lines) - PATHS_SHOWN
+    lines = lines[:PATHS_SHOWN] + ([f"  ... and {hidden} more"] * (hidden > 0))
     raise CheckpointError(
         "\n".join([f"{what}: copies of one value differ between ranks:", *lines])
         + "\nThe ranks have diverged (a damaged memory, or an update that depends on "
         "the rank): restore an older checkpoint."
     )
+
+
+def _culprits(piece: str, details: list[dict[str, dict[str, str]]]) -> Iterator[str]:
+    """A line for each leaf that differs: the ranks of each value, the fewest first."""
+    holders = [rank for rank, found in enumerate(details) if piece in found]
+    for path in details[holders[0]][piece]:
+        ranks: dict[str, list[int]] = {}
+        for rank in holders:
+            ranks.setdefault(details[rank][piece][path], []).append(rank)
+        if len(ranks) > 1:
+            groups = sorted(ranks.values(), key=lambda group: (len(group), -group[0]))
+            yield f"{path}: {' differs from '.join(map(_named, groups))}"
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _combined(hashes: dict[str, str]) -> str:
@@ -82,13 +97,12 @@ def _is_replicated(leaf: LeafEntry, mesh: Mesh) -> bool:
     return any(size > 1 and axis not in leaf.axes_of_dims for axis, size in mesh.axes)
 
 
-def _odd_ranks(reports: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """The pieces on which two ranks differ, with the ranks."""
-    first: dict[str, int] = {}
-    odd: dict[str, tuple[int, int]] = {}
-    for rank, report in enumerate(reports):
+def _odd_pieces(reports: list[dict[str, Any]]) -> list[str]:
+    """The pieces of which two ranks hold different values."""
+    first: dict[str, str] = {}
+    odd: dict[str, None] = {}
+    for report in reports:
         for piece, digest in report.items():
-            holder = first.setdefault(piece, rank)
-            if reports[holder][piece] != digest:
-                odd.setdefault(piece, (holder, rank))
-    return odd
+            if first.setdefault(piece, digest) != digest:
+                odd[piece] = None
+    return list(odd)

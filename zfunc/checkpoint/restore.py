@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from zfunc.checkpoint.agree import agree, check_equal
+from zfunc.checkpoint.agree import Peers, agree, check_equal
+from zfunc.checkpoint.damage import DamagedError
 from zfunc.checkpoint.find import is_step_name, latest
 from zfunc.checkpoint.layout import Source, held_region, sources
 from zfunc.checkpoint.leaves import buffer_of, entry_of, mesh_of, named_leaves
@@ -84,9 +85,10 @@ def restore(
       unless ``like`` has the same ones.
 
     Raises:
-      CheckpointError: on every rank, if one finds damage (with the file), or if the
-        checkpoint is of another model or optimizer (with all the paths); there is no
-        checkpoint. An older one is not taken instead: that is the caller's choice.
+      DamagedError: on every rank, if one finds damage, with the file. An older step is
+        not taken instead: ``restore_newest`` does that, and says so.
+      CheckpointError: the checkpoint is of another model or optimizer (with all the
+        paths); there is no checkpoint.
 
     Laws: ``restore(save(root, s), like=s).state == s`` bitwise, and a training that
     goes on from it gives the bits of one that was never interrupted; a checkpoint of
@@ -110,9 +112,9 @@ def restore(
     """
     mesh = mesh_of(like, "restore: like")
     check_usable(like)
-    given = Path(path)
+    given, peers = Path(path), Peers(mesh)
     what = f"restoring {given}"
-    chosen = agree(mesh, what, lambda: (None, _chosen(given, mesh))).reports[0]
+    chosen = agree(peers, what, lambda: (None, _chosen(given, mesh))).reports[0]
     directory = given / chosen
 
     def check() -> tuple[Manifest, dict[str, str]]:
@@ -124,9 +126,9 @@ def restore(
             check_file(directory, manifest, rank, hashed=verify)
         return manifest, {MANIFEST_NAME: hashlib.sha256(text).hexdigest()}
 
-    manifest, reports = agree(mesh, what, check)
+    manifest, reports = agree(peers, what, check)
     check_equal(reports, what)
-    load = agree(mesh, what, lambda: (_load(directory, manifest, like, mesh), None))
+    load = agree(peers, what, lambda: (_load(directory, manifest, like, mesh), None))
     return Restored(load.result, manifest.cursor, manifest.meta)
 
 
@@ -145,15 +147,17 @@ def _chosen(path: Path, mesh: Mesh) -> str:
 
 
 def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
+    where = directory / MANIFEST_NAME
     try:
         manifest, text = read_manifest(directory)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{directory / MANIFEST_NAME}: missing, so {directory} is not a complete "
-            "checkpoint."
+        raise DamagedError(
+            f"{where}: missing, so {directory} is not a complete checkpoint."
         ) from None
+    except OSError as error:
+        raise DamagedError(f"{where}: cannot be read: {error.strerror}.") from error
     if not manifest.files:
-        raise CheckpointError(f"{directory / MANIFEST_NAME}: lists no files.")
+        raise DamagedError(f"{directory / MANIFEST_NAME}: lists no files.")
     return manifest, text
 
 
@@ -193,7 +197,7 @@ def _load(
         _read_boxes(directory / file_name(rank), boxes, buffers)
     state = _assembled(manifest, like, buffers)
     if int(state.step) != manifest.step:
-        raise CheckpointError(
+        raise DamagedError(
             f"{directory}: the stored step is {int(state.step)}, the manifest's "
             f"{manifest.step}. It is damaged."
         )
@@ -225,7 +229,7 @@ def _read_boxes(
                 else:
                     buffers[path].copy_(opened.get_tensor(path))
     except Exception as error:  # safetensors has an error class of its own
-        raise CheckpointError(
+        raise DamagedError(
             f"{file}: cannot be read: {error}. It is damaged, or changed just now."
         ) from error
 

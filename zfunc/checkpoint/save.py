@@ -4,27 +4,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from zfunc.checkpoint.agree import agree, check_equal
+from zfunc.checkpoint.agree import Peers, agree, check_equal
+from zfunc.checkpoint.draft import Draft, digests, drafted
 from zfunc.checkpoint.files import (
     fsync_directory,
     make_directories,
     tensor_bytes,
     write_durably,
 )
-from zfunc.checkpoint.leaves import buffer_of, entry_of, mesh_of, named_leaves
+from zfunc.checkpoint.keep import REMOVED_PREFIX, Keep, check_keep, remove_before
+from zfunc.checkpoint.leaves import mesh_of
 from zfunc.checkpoint.manifest import (
     MANIFEST_NAME,
-    METRICS_PREFIX,
+    MAX_MANIFEST_BYTES,
     FileEntry,
     Manifest,
     dump_manifest,
@@ -34,12 +33,10 @@ from zfunc.checkpoint.manifest import (
     parse_manifest,
     read_manifest,
     sealed,
-    step_name,
     stored_leaves,
-    zfunc_version,
 )
 from zfunc.checkpoint.replicas import check_replicas
-from zfunc.checkpoint.skeleton import plain_ints, skeleton_of
+from zfunc.checkpoint.running import wait_for_running
 from zfunc.checkpoint.verify import check_directory, check_file
 from zfunc.core.errors import CheckpointError
 from zfunc.core.mesh import Mesh
@@ -48,23 +45,13 @@ from zfunc.core.state import TrainState, check_usable
 TEMPORARY_PREFIX = ".tmp-"
 
 
-class _Draft(NamedTuple):
-    """A checkpoint before it is written: a manifest without files, and tensors."""
-
-    manifest: Manifest
-    buffers: dict[str, torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        return step_name(self.manifest.step)
-
-
 def save(
     root: str | os.PathLike[str],
     state: TrainState,
     *,
     cursor: Any = None,
     meta: Mapping[str, Any] | None = None,
+    keep: Keep | None = None,
 ) -> Path:
     r"""Write ``root/step-00000042``: all of the state, or nothing that counts.
 
@@ -87,6 +74,8 @@ def save(
       cursor: where the data is: a named tuple, dataclass, list or dictionary of
         integers, the same on every rank.
       meta: anything that is JSON, the same on every rank.
+      keep: which checkpoints in ``root`` stay once this one is on the disk; None
+        removes none. Only steps before this one are removed.
 
     Returns:
       The step's directory, on every rank and after every rank is done.
@@ -105,7 +94,7 @@ def save(
     Differs from DeepSpeed: one format for all stages and mesh sizes.
 
     Example:
-      >>> import tempfile
+      >>> import tempfile, torch
       >>> from zfunc.core.mesh import make_mesh
       >>> from zfunc.core.state import shard
       >>> state = shard({"w": torch.ones(2)}, make_mesh({"data": 1}))
@@ -116,21 +105,43 @@ def save(
     """
     mesh = mesh_of(state, "save: state")
     check_usable(state)
-    folder = Path(root)
-    what = f"saving in {folder}"
+    check_keep(keep, "save")
+    wait_for_running()
+    draft = functools.partial(drafted, state, mesh, cursor, meta)
+    return write_checkpoint(Path(root), Peers(mesh), draft, keep)
+
+
+def write_checkpoint(
+    folder: Path, peers: Peers, draft_of: Callable[[], Draft], keep: Keep | None
+) -> Path:
+    """Write what is drafted, then remove what is old; every rank calls it.
+
+    Raises:
+      CheckpointError: as ``save``, on every rank.
+    """
+    mesh, what = peers.mesh, f"saving in {folder}"
     with _removed_at_the_end() as leftovers:
 
-        def prepare() -> tuple[_Draft, dict[str, str]]:
-            draft = _draft(state, mesh, cursor, meta)
+        def prepare() -> tuple[Draft, dict[str, str]]:
+            draft = draft_of()
             if mesh.rank == 0:
                 leftovers.append(_prepare(folder, draft))
-            return draft, _digests(draft.manifest)
+            return draft, digests(draft, keep)
 
-        draft, reports = agree(mesh, what, prepare)
+        draft, reports = agree(peers, what, prepare)
         check_equal(reports, what)
-        check_replicas(mesh, what, draft.manifest, draft.buffers)
-        files = agree(mesh, what, lambda: _write(folder, draft, mesh)).reports
-        return agree(mesh, what, lambda: _commit(folder, draft, files, mesh)).result
+        check_replicas(peers, what, draft.manifest, draft.buffers)
+        files = agree(peers, what, lambda: _write(folder, draft, mesh)).reports
+        made = agree(peers, what, lambda: _commit(folder, draft, files, mesh)).result
+
+    def remove() -> tuple[None, None]:
+        if keep is not None and mesh.rank == 0:
+            remove_before(folder, keep, draft.manifest.step)
+        return None, None
+
+    if keep is not None:
+        agree(peers, what, remove)
+    return made
 
 
 @contextlib.contextmanager
@@ -144,61 +155,15 @@ def _removed_at_the_end() -> Iterator[list[Path]]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _draft(
-    state: TrainState, mesh: Mesh, cursor: Any, meta: Mapping[str, Any] | None
-) -> _Draft:
-    leaves = named_leaves(state)
-    try:
-        position = plain_ints(cursor)
-    except TypeError as error:
-        raise CheckpointError(f"save: {error}") from None
-    manifest = Manifest(
-        schema_version=1,
-        zfunc_version=zfunc_version(),
-        step=int(state.step),
-        key=int(state.key),
-        mesh=mesh.axes,
-        cursor=position,
-        meta=_plain_meta(meta),
-        aux=skeleton_of(state.metrics.aux, f"{METRICS_PREFIX}aux"),
-        leaves=tuple(entry_of(path, leaf) for path, leaf in leaves.items()),
-    )
-    return _Draft(manifest, {path: buffer_of(leaf) for path, leaf in leaves.items()})
-
-
-def _plain_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy that is JSON; what would come back as something else is refused."""
-    given = {} if meta is None else dict(meta)
-    try:
-        text = json.dumps(given, allow_nan=False, ensure_ascii=False).encode()
-        same = json.loads(text) == given
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"save: meta is not JSON: {error}") from None
-    if not same:
-        raise CheckpointError(
-            "save: meta would not come back as it is: use lists for tuples and strings "
-            f"for keys; got {given!r:.200}"
-        )
-    return json.loads(text)  # type: ignore[no-any-return]
-
-
-def _digests(manifest: Manifest) -> dict[str, str]:
-    """What the ranks must agree about, by field."""
-    fields = manifest.model_dump(mode="json", exclude={"files"})
-    return {
-        name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
-        for name, value in fields.items()
-    }
-
-
-def _prepare(folder: Path, draft: _Draft) -> Path:
+def _prepare(folder: Path, draft: Draft) -> Path:
     """The empty temporary directory, where no other one is."""
     _check_free(folder, draft)
     path = folder / f"{TEMPORARY_PREFIX}{draft.name}"
     try:
         make_directories(folder)
-        for old in folder.glob(f"{TEMPORARY_PREFIX}step-*"):
-            shutil.rmtree(old)
+        for prefix in (TEMPORARY_PREFIX, REMOVED_PREFIX):
+            for old in folder.glob(f"{prefix}step-*"):
+                shutil.rmtree(old)
         os.mkdir(path)
     except OSError as error:
         raise CheckpointError(
@@ -208,7 +173,7 @@ def _prepare(folder: Path, draft: _Draft) -> Path:
     return path
 
 
-def _check_free(folder: Path, draft: _Draft) -> None:
+def _check_free(folder: Path, draft: Draft) -> None:
     """Refuse to replace a checkpoint before anything is written."""
     final = folder / draft.name
     if not os.path.lexists(final):
@@ -232,7 +197,7 @@ def _taken(final: Path) -> CheckpointError:
     )
 
 
-def _write(folder: Path, draft: _Draft, mesh: Mesh) -> tuple[None, dict[str, Any]]:
+def _write(folder: Path, draft: Draft, mesh: Mesh) -> tuple[None, dict[str, Any]]:
     """This rank's file."""
     rank = int(mesh.rank)
     name = file_name(rank)
@@ -251,7 +216,7 @@ def _write(folder: Path, draft: _Draft, mesh: Mesh) -> tuple[None, dict[str, Any
 
 
 def _commit(
-    folder: Path, draft: _Draft, files: list[dict[str, Any]], mesh: Mesh
+    folder: Path, draft: Draft, files: list[dict[str, Any]], mesh: Mesh
 ) -> tuple[Path, None]:
     """Rank 0: write the manifest and give the directory its name."""
     final = folder / draft.name
@@ -262,6 +227,11 @@ def _commit(
     text = dump_manifest(manifest)
     temporary = folder / f"{TEMPORARY_PREFIX}{draft.name}"
     where = temporary / MANIFEST_NAME
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"{where}: {len(text)} bytes, a manifest has at most {MAX_MANIFEST_BYTES}: "
+            "give less meta, or a tree of fewer leaves."
+        )
     if parse_manifest(text, where) != manifest:
         raise CheckpointError(f"{where}: this state's manifest does not read back.")
     if os.path.lexists(final):

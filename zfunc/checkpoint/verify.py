@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from zfunc.checkpoint.damage import DamagedError
 from zfunc.checkpoint.files import open_regular, sha256_of
 from zfunc.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -21,24 +22,28 @@ from zfunc.core.errors import CheckpointError
 DIFFERENCES_SHOWN = 8
 NAMES_SHOWN = 8
 MOMENTS_PREFIX = "moments/"
+SCALE_PREFIX = "loss_scale"
 
 
 def check_directory(directory: Path, manifest: Manifest) -> None:
     """The directory holds the files of the manifest and no other.
 
     Raises:
-      CheckpointError: with the names that are missing or too many.
+      DamagedError: with the names that are missing or too many.
     """
     expected = {MANIFEST_NAME, *(file.name for file in manifest.files)}
-    found = set(os.listdir(directory))
+    try:
+        found = set(os.listdir(directory))
+    except OSError as error:
+        raise _unreadable(directory, error) from error
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
-        raise CheckpointError(
+        raise DamagedError(
             f"{directory}: missing {_some(missing)}. It is damaged: restore another "
             "step (see list_steps)."
         )
     if extra:
-        raise CheckpointError(
+        raise DamagedError(
             f"{directory}: {_some(extra)} not in the manifest. Nothing but a "
             "checkpoint's own files may be in its directory: move them away."
         )
@@ -51,14 +56,14 @@ def check_file(directory: Path, manifest: Manifest, rank: int, *, hashed: bool) 
     parsed, however long it claims to be.
 
     Raises:
-      CheckpointError: with the file's path, the expected and what was found.
+      DamagedError: with the file's path, the expected and what was found.
     """
     entry = manifest.files[rank]
     path = directory / entry.name
     header = file_header(manifest, rank)
     data_bytes = sum(map(num_bytes, stored_leaves(manifest, rank)))
     if len(header) + data_bytes != entry.size_bytes:
-        raise CheckpointError(
+        raise DamagedError(
             f"{directory / MANIFEST_NAME}: gives {entry.name} {entry.size_bytes} "
             f"bytes, but its leaves take {len(header) + data_bytes}. It is damaged."
         )
@@ -67,23 +72,36 @@ def check_file(directory: Path, manifest: Manifest, rank: int, *, hashed: bool) 
             size_bytes = os.fstat(file.fileno()).st_size
             start = file.read(len(header))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing. The checkpoint is damaged.") from None
+        raise DamagedError(f"{path}: missing. The checkpoint is damaged.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if size_bytes != entry.size_bytes:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: {size_bytes} bytes, expected {entry.size_bytes}. It is damaged: "
             "restore another step (see list_steps)."
         )
     if start != header:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path}: its safetensors header is not that of rank {rank} at step "
             f"{manifest.step} (names, shapes or dtypes). It is damaged, or of another "
             "checkpoint."
         )
-    if hashed and sha256_of(path) != entry.sha256:
-        raise CheckpointError(
+    if hashed and _hash(path) != entry.sha256:
+        raise DamagedError(
             f"{path}: its sha256 differs from the manifest's, though the size is "
             "right. It is damaged: restore another step (see list_steps)."
         )
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DamagedError:
+    return DamagedError(f"{path}: cannot be read: {error.strerror or error}.")
 
 
 def check_same_model(
@@ -141,6 +159,12 @@ def _remedy(
         return (
             "The checkpoint has no moments (saved before the first step, without tx=): "
             "make `like` without tx=, zf.shard(params, mesh)."
+        )
+    if any(path.startswith(SCALE_PREFIX) for path in stored.keys() ^ wanted.keys()):
+        return (
+            "They differ in the loss scale: make `like` with that of the step, "
+            "like.replace(loss_scale=step.loss_scale_of(like)), or without one, "
+            "like.replace(loss_scale=None)."
         )
     if changed:
         return (

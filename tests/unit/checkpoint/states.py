@@ -14,7 +14,7 @@ from zfunc.checkpoint.files import tensor_bytes
 from zfunc.checkpoint.leaves import buffer_of, named_leaves
 from zfunc.core.mesh import Mesh
 from zfunc.core.sharding import NamedSharding, place
-from zfunc.core.state import Metrics, TrainState
+from zfunc.core.state import TrainState
 from zfunc.core.tree import tree_structure
 
 MESH = {"data": 1}
@@ -79,22 +79,21 @@ def state_on(axes, rank, full, placements, kind="process"):
         for x, spec in zip(full, placements, strict=True)
     ]
     count = torch.tensor(3)
-    zero = torch.zeros(())
-    return zf.TrainState(
-        count, params, {}, (), None, count, Metrics(zero, zero, count, {})
-    )
+    fresh = zf.shard(torch.zeros(1), zf.make_mesh({}))
+    return fresh.replace(step=count, params=params, grads={}, moments=(), key=count)
 
 
 def saved_by_ranks(root, axes, full, placements):
     """A checkpoint as the ranks of a mesh would save it, one after the other."""
     saving = sys.modules["zfunc.checkpoint.save"]
+    drafting = sys.modules["zfunc.checkpoint.draft"]
     size = math.prod(n for _, n in axes)
     states = [state_on(axes, rank, full, placements) for rank in range(size)]
     drafts = [
-        saving._draft(s, Mesh(axes, "process", rank=r), None, None)
+        drafting.drafted(s, Mesh(axes, "process", rank=r), None, None)
         for r, s in enumerate(states)
     ]
-    assert len({str(saving._digests(draft.manifest)) for draft in drafts}) == 1
+    assert len({str(drafting.digests(draft, None)) for draft in drafts}) == 1
     saving._prepare(root, drafts[0])
     files = []
     for rank, draft in enumerate(drafts):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved comes back: every bit, the structure, the cursor, and the training."""
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -300,7 +301,7 @@ def test_meta_that_is_not_json_is_refused(tmp_path, meta):
 def with_aux(state, aux):
     metrics = state.metrics
     return state.replace(
-        metrics=type(metrics)(metrics.loss + 2, metrics.grad_norm, aux)
+        metrics=dataclasses.replace(metrics, loss=metrics.loss + 2, aux=aux)
     )
 
 
