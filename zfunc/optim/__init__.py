@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers as chains of gradient transformations: pure functions on pytrees."""
 
+from .adagrad import ScaleByAdagradMoments as ScaleByAdagradMoments
+from .adagrad import adagrad as adagrad
+from .adagrad import scale_by_adagrad as scale_by_adagrad
 from .adam import ScaleByAdamMoments as ScaleByAdamMoments
 from .adam import adam as adam
 from .adam import scale_by_adam as scale_by_adam
@@ -15,6 +18,23 @@ from .clip import clip_by_value as clip_by_value
 from .decay import Mask as Mask
 from .decay import add_decayed_weights as add_decayed_weights
 from .decay import decay_matrices as decay_matrices
+from .ema import EmaMoments as EmaMoments
+from .ema import averaged_params as averaged_params
+from .ema import ema as ema
+from .lion import ScaleByLionMoments as ScaleByLionMoments
+from .lion import lion as lion
+from .lion import scale_by_lion as scale_by_lion
+from .low_precision import KahanMoments as KahanMoments
+from .low_precision import StochasticRoundingMoments as StochasticRoundingMoments
+from .low_precision import kahan as kahan
+from .low_precision import stochastic_rounding as stochastic_rounding
+from .rmsprop import ScaleByRmsMoments as ScaleByRmsMoments
+from .rmsprop import rmsprop as rmsprop
+from .rmsprop import scale_by_rms as scale_by_rms
+from .schedule_free import ScheduleFreeMoments as ScheduleFreeMoments
+from .schedule_free import schedule_free as schedule_free
+from .schedule_free import schedule_free_adamw as schedule_free_adamw
+from .schedule_free import schedule_free_params as schedule_free_params
 from .schedule_join import join as join
 from .schedule_join import scaled as scaled
 from .schedule_one_cycle import OneCycle as OneCycle

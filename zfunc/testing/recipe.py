@@ -13,17 +13,38 @@ from zfunc.core.sharding import P
 from zfunc.core.step import TrainStep, Transform, train_step
 from zfunc.optim import (
     GradientTransformation,
+    adagrad,
     adam,
     adamw,
     chain,
     clip_by_global_norm,
+    ema,
+    kahan,
+    lion,
+    rmsprop,
+    schedule_free_adamw,
     sgd,
+    stochastic_rounding,
 )
 from zfunc.testing.trees import tree_loss
 from zfunc.transforms import accumulate, partition
 from zfunc.transforms.remat import remat
 
-Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw"]
+Optimizer = Literal[
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adam",
+    "adamw",
+    "lion",
+    "adagrad",
+    "rmsprop",
+    "centered",
+    "schedule_free",
+    "ema",
+    "kahan",
+    "stochastic",
+]
 
 OPTIMIZERS: Final = MappingProxyType(
     {
@@ -32,6 +53,18 @@ OPTIMIZERS: Final = MappingProxyType(
         "nesterov": functools.partial(sgd, 0.1, momentum=0.9, nesterov=True),
         "adam": functools.partial(adam, 0.01),
         "adamw": functools.partial(adamw, 0.01, weight_decay=0.1),
+        "lion": functools.partial(lion, 0.01, weight_decay=0.1),
+        "adagrad": functools.partial(
+            adagrad, 0.1, lr_decay=0.1, initial_accumulator_value=0.1
+        ),
+        "rmsprop": functools.partial(rmsprop, 0.01, alpha=0.9),
+        "centered": functools.partial(rmsprop, 0.01, momentum=0.9, centered=True),
+        "schedule_free": functools.partial(
+            schedule_free_adamw, 0.01, weight_decay=0.1, warmup_steps=2
+        ),
+        "ema": lambda: chain(adamw(0.01), ema(0.9)),
+        "kahan": lambda: kahan(adamw(0.01)),
+        "stochastic": lambda: stochastic_rounding(sgd(0.1, momentum=0.9)),
     }
 )
 
