@@ -119,6 +119,17 @@ def test_four_stages_differ_in_bytes_on_two_ranks():
     assert peak[3] < 0.7 * peak[1] < peak[0]
 
 
+@pytest.mark.distributed
+def test_same_bits_on_1_2_and_4_ranks():
+    text = example("same_bits.py")
+    rows = re.findall(r"(\w+) +(\d) rank\(s\) (\w{64}) ", text)
+    assert [(name, ranks) for name, ranks, _ in rows] == [
+        (name, ranks) for ranks in "124" for name in ("deterministic", "plain")
+    ]
+    assert len({digest for name, _, digest in rows if name == "deterministic"}) == 1
+    assert len({digest for name, _, digest in rows if name == "plain"}) > 1
+
+
 def test_your_own_module_equals_a_torch_loop():
     text = example("your_own_module.py")
     assert "5 parameters, 1 buffer, 20 steps" in text

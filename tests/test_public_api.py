@@ -35,13 +35,15 @@ NAMES = {
         EmaMoments GradientTransformation KahanMoments Mask OneCycle
         ScaleByAdagradMoments ScaleByAdamMoments ScaleByLearningRateMoments
         ScaleByLionMoments ScaleByRmsMoments Schedule ScheduleFreeMoments
-        StochasticRoundingMoments TraceMoments adagrad adam adamw add_decayed_weights
-        apply_updates averaged_params chain clip_by_global_norm clip_by_value constant
-        cosine decay_matrices ema identity join kahan lion lr_range_test one_cycle
-        rmsprop scale_by_adagrad scale_by_adam scale_by_learning_rate scale_by_lion
-        scale_by_rms scaled schedule_free schedule_free_adamw schedule_free_params sgd
-        stateless stochastic_rounding trace warmup_cosine warmup_cosine_lr
-        warmup_decay_lr warmup_linear warmup_lr wsd
+        StochasticRoundingMoments TraceMoments adagrad adam adamw
+        add_decayed_weights apply_updates averaged_params chain
+        clip_by_global_norm clip_by_value constant cosine decay_matrices ema
+        identity join kahan lion lr_range_test one_cycle rmsprop
+        scale_by_adagrad scale_by_adam scale_by_learning_rate scale_by_lion
+        scale_by_rms scaled schedule_free schedule_free_adamw
+        schedule_free_params sgd stateless stochastic_rounding trace
+        warmup_cosine warmup_cosine_lr warmup_decay_lr warmup_linear warmup_lr
+        wsd
         """,
     "zfunc.testing": """
         EquivalenceError Lockstep LockstepError Recipe Simulation assert_equivalent
@@ -97,7 +99,7 @@ SIGNATURES = {
     "checkpoint.Keep": "(last=1, every=None)",
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
-    "persistence_threshold=0)",
+    "persistence_threshold=0, deterministic=False, virtual_shards=None)",
     "precision": "(policy, *, loss_scale=None)",
     "skip_nonfinite": "()",
     "DynamicLossScale": "(initial_scale_power=16, loss_scale_window=1000, "
@@ -119,20 +121,8 @@ SIGNATURES = {
     "testing.split_batch": "(batch, mesh_shape, axis='data')",
     "optim.adam": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0)",
     "optim.chain": "(*transformations)",
-    "optim.clip_by_global_norm": "(max_norm)",
+    "optim.clip_by_global_norm": "(max_norm, *, deterministic=False)",
     "optim.apply_updates": "(params, updates)",
-    "optim.lion": "(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None)",
-    "optim.adagrad": "(learning_rate, lr_decay=0.0, weight_decay=0.0, "
-    "initial_accumulator_value=0.0, eps=1e-10)",
-    "optim.rmsprop": "(learning_rate, alpha=0.99, eps=1e-08, weight_decay=0.0, "
-    "momentum=0.0, centered=False)",
-    "optim.schedule_free_adamw": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, "
-    "weight_decay=0.0, warmup_steps=0, mask=None)",
-    "optim.ema": "(decay=0.999)",
-    "optim.averaged_params": "(state)",
-    "optim.schedule_free_params": "(state)",
-    "optim.kahan": "(tx)",
-    "optim.stochastic_rounding": "(tx, key=0)",
     "optim.cosine": "(peak, total_steps, end=0.0)",
     "optim.join": "(schedules, boundaries)",
     "optim.lr_range_test": "(lr_range_test_min_lr=0.001, lr_range_test_step_size=2000, "
@@ -150,6 +140,18 @@ SIGNATURES = {
     "warmup_num_steps=1000, warmup_type='log')",
     "optim.wsd": "(peak, warmup_steps, decay_steps, total_steps, end=0.0, "
     "decay_type='linear')",
+    "optim.lion": "(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None)",
+    "optim.adagrad": "(learning_rate, lr_decay=0.0, weight_decay=0.0, "
+    "initial_accumulator_value=0.0, eps=1e-10)",
+    "optim.rmsprop": "(learning_rate, alpha=0.99, eps=1e-08, weight_decay=0.0, "
+    "momentum=0.0, centered=False)",
+    "optim.schedule_free_adamw": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, "
+    "weight_decay=0.0, warmup_steps=0, mask=None)",
+    "optim.ema": "(decay=0.999)",
+    "optim.averaged_params": "(state)",
+    "optim.schedule_free_params": "(state)",
+    "optim.kahan": "(tx)",
+    "optim.stochastic_rounding": "(tx, key=0)",
 }
 
 FIELDS = {
@@ -162,7 +164,7 @@ FIELDS = {
     "checkpoint.Damage": "path why",
     "Sharded": "buffer sharding global_shape",
     "NamedSharding": "mesh spec memory_kind",
-    "optim.GradientTransformation": "init update leafwise halves",
+    "optim.GradientTransformation": "init update leafwise halves deterministic",
 }
 
 

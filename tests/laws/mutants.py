@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import zfunc as zf
+from tests.laws import optim_patches as optims
 from tests.laws import patches
 from tests.laws import program_patches as programs
 from tests.laws import test_keys as keys
 from tests.laws import test_l1_commuting_square as l1
+from tests.laws import test_l1_whole_leaf_optimizers as whole
 from tests.laws import test_l2_placement as l2
 from tests.laws import test_l3_stages as l3
 from tests.laws import test_l4_transforms_commute as l4
@@ -29,9 +31,12 @@ from tests.laws import test_l10_round_trip as l10
 from tests.laws import test_l11_moments as l11
 from tests.laws import test_l15_jit as l15
 from tests.laws import test_low_precision as low
+from tests.laws import test_rounding as rounding
+from tests.laws import test_same_bits as same
 from tests.laws.cases import Case, cases, keyed_loss
 from zfunc.core.tree import tree_map
 from zfunc.testing import Recipe
+from zfunc.testing.strategies import meshes
 
 
 class Law(NamedTuple):
@@ -52,6 +57,11 @@ LAWS = {
         l1.check,
     ),
     "L1 remat": Law("commuting square, remat", (cases(remat=True),), l1.check),
+    "L1 lamb": Law("commuting square, LAMB", (whole.of("lamb"),), l1.check),
+    "L1 muon": Law("commuting square, Muon", (whole.of("muon"),), l1.check),
+    "L1 adafactor": Law(
+        "commuting square, Adafactor", (whole.of("adafactor"),), l1.check
+    ),
     "L2": Law("placement kept", (cases(),), l2.check),
     "L3": Law(
         "stages 1, 2, 3 bitwise",
@@ -102,6 +112,11 @@ LAWS = {
         (cases(num_steps=1),),
         lambda case: l11.check(case, case.recipe.tx()),
     ),
+    "L11 adagrad": Law(
+        "init commutes, Adagrad",
+        (cases(num_steps=1, optimizer="adagrad"),),
+        lambda case: l11.check(case, case.recipe.tx()),
+    ),
     "L15": Law(
         "jit is the step",
         (
@@ -142,6 +157,21 @@ LAWS = {
     "fresh keys": Law(
         "a key per step and sample", (st.integers(0, 9),), keys.check_fresh
     ),
+    "same bits": Law(
+        "the same bits on any number of ranks",
+        (same.NAMES, same.STAGES, same.PLACES, same.DTYPES),
+        same.check,
+    ),
+    "rounding": Law(
+        "stochastic rounding on any mesh",
+        (rounding.layouts(), meshes(), rounding.KEYS),
+        rounding.check,
+    ),
+    "rounding groups": Law(
+        "stochastic rounding in groups of leaves",
+        (rounding.TREES, rounding.KEYS),
+        rounding.check_groups,
+    ),
     "bf16": Law("low precision bound", (low.problems(),), low.check_compute),
 }
 
@@ -170,6 +200,10 @@ MUTANTS = (
     Mutant("L1", patches.gathered_in_float32),
     Mutant("L1 weights", patches.mean_of_means),
     Mutant("L1 remat", patches.remat_from_a_stale_input),
+    Mutant("L1 lamb", patches.local_norms_in_lamb),
+    Mutant("L1 muon", patches.pieces_orthogonalized_in_muon),
+    Mutant("L1 adafactor", patches.padding_counted_in_adafactor),
+    Mutant("L1 adafactor", patches.local_means_in_adafactor),
     Mutant("L2", patches.padded_with_ones),
     Mutant("L3", patches.stage_2_averages_and_multiplies_back),
     Mutant("L4", patches.accumulate_in_the_slot_of_partition),
@@ -181,6 +215,7 @@ MUTANTS = (
     Mutant("L7 pure", patches.pure_step_writes_in_place),
     Mutant("L10", patches.rank_is_identity),
     Mutant("L11", patches.moments_in_another_leaf_order),
+    Mutant("L11 adagrad", optims.accumulator_starts_in_the_padding),
     Mutant("L7 jit", programs.jit_leaves_the_old_state_alive),
     Mutant("L7 jit bits", programs.written_over_while_in_use),
     Mutant("L7 jit shared", programs.written_over_while_others_look),
@@ -200,6 +235,11 @@ MUTANTS = (
     Mutant("keys", patches.no_rank_in_the_sample_index),
     Mutant("keys", patches.microbatch_samples_counted_from_0),
     Mutant("fresh keys", patches.one_key_for_all_steps),
+    Mutant("same bits", patches.ranks_added_up_in_a_chain),
+    Mutant("same bits", patches.virtual_shards_added_up_in_a_chain),
+    Mutant("same bits", patches.norm_by_pieces_in_a_deterministic_clip),
+    Mutant("rounding", optims.random_bits_by_the_local_index),
+    Mutant("rounding groups", optims.random_bits_by_the_place_of_a_leaf),
     Mutant("bf16", patches.update_rounded_to_bfloat16),
     Mutant("bf16", patches.loss_scaled_by_precision),
 )
@@ -261,7 +301,7 @@ def described(value: Any) -> str:
     if isinstance(value, low.Linear):
         return f"{described(value.recipe)} on {value.mesh_shape}"
     if isinstance(value, Recipe):
-        default = Recipe()
+        default = type(value)()
         changed = [
             f"{f.name}={getattr(value, f.name)!r}"
             for f in dataclasses.fields(value)

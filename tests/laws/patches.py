@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 from types import SimpleNamespace
 
 import torch
@@ -15,19 +16,30 @@ from zfunc.core.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from zfunc.testing import recipe as recipes
 
 # Modules whose package exports a function of the same name.
-accumulate, donation, gathered, partition, precision, remat = (
+accumulate, donation, fixed_order, gathered, partition, precision, remat = (
     importlib.import_module(f"zfunc.transforms.{name}")
     for name in (
         "accumulate",
         "donation",
+        "fixed_order",
         "gathered",
         "partition",
         "precision",
         "remat",
     )
 )
-adam, clip, sgd = (
-    importlib.import_module(f"zfunc.optim.{name}") for name in ("adam", "clip", "sgd")
+adafactor, adam, clip, lamb, muon, orthogonal, sgd, whole = (
+    importlib.import_module(f"zfunc.optim.{name}")
+    for name in (
+        "adafactor",
+        "adam",
+        "clip",
+        "lamb",
+        "muon",
+        "orthogonal",
+        "sgd",
+        "whole",
+    )
 )
 
 
@@ -200,12 +212,12 @@ def mean_of_means(patch):
         return dataclasses.replace(tally, loss=mean), tree_map(lambda g: g / by, grads)
 
     wrong = over_microbatches(lambda pairs: map(normalized, pairs))
-    patch.setattr(accumulate, "_microbatched", wrong)
+    patch.setattr(accumulate, "microbatched", wrong)
 
 
 def last_microbatch_dropped(patch):
     wrong = over_microbatches(lambda pairs: pairs[:-1] or pairs)
-    patch.setattr(accumulate, "_microbatched", wrong)
+    patch.setattr(accumulate, "microbatched", wrong)
 
 
 def accumulate_in_the_slot_of_partition(patch):
@@ -214,7 +226,7 @@ def accumulate_in_the_slot_of_partition(patch):
     def wrong(n):
         def transform(made):
             def grad(loss):
-                return accumulate._microbatched(made.grad(loss), n)
+                return accumulate.microbatched(made.grad(loss), n)
 
             return made._replace(grad=grad)
 
@@ -252,6 +264,26 @@ def one_key_for_all_steps(patch):
     patch.setattr(
         step, "fold_in", lambda key, data: fold_in(key, data) if data.dim() else key
     )
+
+
+def ranks_added_up_in_a_chain(patch):
+    patch.setattr(wire, "first_half", lambda num_parts: num_parts - 1)
+
+
+def virtual_shards_added_up_in_a_chain(patch):
+    """Microbatches of one level, as ``accumulate`` has them."""
+    microbatched = fixed_order.microbatched
+
+    def flat(grad_fn, n):
+        while isinstance(grad_fn, accumulate.Microbatched):
+            grad_fn, n = grad_fn.grad_fn, n * grad_fn.n
+        return microbatched(grad_fn, n)
+
+    patch.setattr(fixed_order, "microbatched", flat)
+
+
+def norm_by_pieces_in_a_deterministic_clip(patch):
+    patch.setattr(clip, "tree_ordered_norm", zf.global_norm)
 
 
 def moments_in_another_leaf_order(patch):
@@ -327,3 +359,33 @@ def loss_scaled_by_precision(patch):
         return wrong
 
     patch.setattr(precision, "_in_precision", scaled)
+
+
+def local_norms_in_lamb(patch):
+    patch.setattr(lamb, "sum_over_ranks", lambda parts: [p.value for p in parts])
+
+
+def pieces_orthogonalized_in_muon(patch):
+    def each(leaves, num_steps, dtype):
+        buffers = [leaf.buffer for leaf in leaves]
+        return [
+            orthogonal.orthogonalized(x, num_steps, dtype) if x.numel() else x
+            for x in buffers
+        ]
+
+    patch.setattr(muon, "orthogonalized_leaves", each)
+
+
+def padding_counted_in_adafactor(patch):
+    def padded(leaf, *dims):
+        sizes = [
+            leaf.buffer.shape[dim] * (leaf.sharding.mesh.axis_size(axis) if axis else 1)
+            for dim, axis in enumerate(whole.spec_of(leaf))
+        ]
+        return max(math.prod(sizes[dim] for dim in dims), 1)
+
+    patch.setattr(adafactor, "_num_elements", padded)
+
+
+def local_means_in_adafactor(patch):
+    patch.setattr(adafactor, "sum_over_ranks", lambda parts: [p.value for p in parts])

@@ -66,7 +66,7 @@ class Mesh:
 
     @property
     def native_reductions(self) -> bool:
-        """Whether sums are the backend's own, or sent and added up in rank order."""
+        """Whether sums are the backend's own, or sent and added up by ranks."""
         return self.kind in ("abstract", "traced") or self.device_type == "cuda"
 
     def axis_position(self, axis: str) -> int:

@@ -2,8 +2,9 @@
 """Each collective as a linear operator: how it runs, simulates and transposes.
 
 All operators act on dim 0 of a list of tensors of one dtype; ``collectives`` moves
-other dims there. Reductions add in rank order on gloo and in the simulator (in at least
-float32), so the two agree bit for bit; NCCL reduces in its own order.
+other dims there. Reductions add along one binary tree over the ranks on gloo and in the
+simulator (in at least float32), so the two agree bit for bit; NCCL reduces in its own
+order.
 
 Why not the stock gloo reductions: its reduce-scatter is one all-reduce per rank (1.5
 times slower than all_to_all and a local sum), and its all-reduce adds in an order that
@@ -13,7 +14,6 @@ depends on the world size.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,11 +57,32 @@ class Op:
 
 
 def fold_add(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum in rank order, in float32 when the parts are narrower."""
+    """Sum along a binary tree, in float32 when the parts are narrower.
+
+    The first ``2^k`` of n parts, for the largest ``2^k < n``, and the rest: so 4 parts
+    are added as 2 sums of 2 are, wherever those were made.
+    """
     dtype = parts[0].dtype
     if dtype.is_floating_point and dtype.itemsize < 4:
-        return functools.reduce(torch.add, [p.float() for p in parts]).to(dtype)
-    return functools.reduce(torch.add, parts)
+        return _tree_sum([p.float() for p in parts]).to(dtype)
+    return _tree_sum(parts)
+
+
+def first_half(num_parts: int) -> int:
+    """How many of several parts the first operand of their last addition is the sum of.
+
+    Example:
+      >>> [first_half(n) for n in (2, 3, 4, 5, 8)]
+      [1, 2, 2, 4, 4]
+    """
+    return 1 << (num_parts - 1).bit_length() - 1
+
+
+def _tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    half = first_half(len(parts))
+    return _tree_sum(parts[:half]) + _tree_sum(parts[half:])
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class GradientTransformation(NamedTuple):
     Adam does, and a clip by global norm does not); ``donate`` then needs the memory of
     a few leaves instead of a second set of moments. ``halves`` of a chain are the
     chain up to its last part that is not, the leafwise rest, and the first's length.
+    ``deterministic`` declares of one that is not that its bits do not depend on the
+    mesh.
 
     Laws:
       ``tx.init(shard(p)) == shard(tx.init(p))``. ``update`` keeps the structure,
@@ -71,6 +73,7 @@ class GradientTransformation(NamedTuple):
     update: UpdateFn
     leafwise: bool = False
     halves: tuple[Any, ...] = ()
+    deterministic: bool = False
 
 
 def identity() -> GradientTransformation:
@@ -91,7 +94,11 @@ def identity() -> GradientTransformation:
 
 
 def stateless(
-    name: str, fn: Callable[[PyTree, PyTree], PyTree], *, leafwise: bool = True
+    name: str,
+    fn: Callable[[PyTree, PyTree], PyTree],
+    *,
+    leafwise: bool = True,
+    deterministic: bool = False,
 ) -> GradientTransformation:
     """A transformation without moments.
 
@@ -99,6 +106,7 @@ def stateless(
       name: How error messages name it.
       fn: ``(updates, params) -> updates``, pure.
       leafwise: Whether ``fn`` treats every leaf by itself.
+      deterministic: Whether its bits do not depend on the mesh all the same.
 
     Returns:
       The transformation; its moments are ``()``.
@@ -115,7 +123,9 @@ def stateless(
         check_moments(name, (), moments)
         return fn(updates, params), ()
 
-    return GradientTransformation(lambda params: (), update, leafwise)
+    return GradientTransformation(
+        lambda params: (), update, leafwise, deterministic=deterministic
+    )
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
@@ -173,7 +183,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     if 0 < cut < len(transformations):
         first, rest = transformations[:cut], transformations[cut:]
         halves = (chain(*first), chain(*rest), cut)
-    return GradientTransformation(init, update, not whole, halves)
+    fixed = all(part.leafwise or part.deterministic for part in transformations)
+    return GradientTransformation(init, update, not whole, halves, fixed)
 
 
 def _summary(moments: Any) -> str:

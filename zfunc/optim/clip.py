@@ -7,9 +7,12 @@ from zfunc.core.sharding import global_norm
 from zfunc.core.tree import PyTree, tree_map
 from zfunc.optim.base import GradientTransformation, stateless, widen
 from zfunc.optim.checks import check_number
+from zfunc.optim.norms import tree_ordered_norm
 
 
-def clip_by_global_norm(max_norm: float) -> GradientTransformation:
+def clip_by_global_norm(
+    max_norm: float, *, deterministic: bool = False
+) -> GradientTransformation:
     r"""Scale all updates by :math:`\min(1, c / (\|u\| + 10^{-6}))`.
 
     The norm is that of all leaves together, over all ranks (``core.global_norm``): the
@@ -19,12 +22,15 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
 
     Args:
       max_norm: The bound c, above 0; in units of the gradient.
+      deterministic: The same bits on any number of ranks, for
+        ``partition(deterministic=True)``: squares are added up along a tree over the
+        elements. It reads the gradients twice and sends one number per row of a leaf.
 
     Returns:
       A transformation without moments.
 
     Raises:
-      TypeError: ``max_norm`` is not a number.
+      TypeError: ``max_norm`` is not a number, or ``deterministic`` is not a bool.
       ValueError: ``max_norm`` is not above 0.
 
     Laws:
@@ -53,8 +59,14 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         instead="clip_by_global_norm(1.0)",
     )
 
+    if not isinstance(deterministic, bool):
+        raise TypeError(
+            f"clip_by_global_norm: deterministic is a bool, got {deterministic!r}"
+        )
+    norm = tree_ordered_norm if deterministic else global_norm
+
     def clip(updates: PyTree, params: PyTree) -> PyTree:
-        coefficient = (bound / (global_norm(updates) + 1e-6)).clamp(max=1.0)
+        coefficient = (bound / (norm(updates) + 1e-6)).clamp(max=1.0)
 
         def one(u: Tensor) -> Tensor:
             wide = widen(u)
@@ -62,7 +74,9 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
 
         return tree_map(one, updates)
 
-    return stateless("clip_by_global_norm", clip, leafwise=False)
+    return stateless(
+        "clip_by_global_norm", clip, leafwise=False, deterministic=deterministic
+    )
 
 
 def clip_by_value(limit: float) -> GradientTransformation:

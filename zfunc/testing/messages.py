@@ -204,7 +204,7 @@ def run_lockstep(
 
     ``args`` are those of each program without its constants; they are copied, so that a
     program may write over what it is given. Ranks are in the order of the mesh. Sums
-    are added up in rank order, as ``simulate`` and gloo have it.
+    are added up along a tree, as ``simulate`` and gloo have it.
 
     Raises:
       LockstepError: ranks that are at different messages, or one that has returned

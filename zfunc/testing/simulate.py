@@ -34,7 +34,7 @@ def spmd(
     The arguments and the result are pytrees whose tensors have the ranks as their first
     dim (row-major over the axes). No process group, no copies of the interpreter, and
     the collectives mix the rows. ``fn`` is one program for all ranks: Python branches
-    on the values of tensors are errors. Reductions add in rank order, as on gloo.
+    on the values of tensors are errors. Reductions add in the order that gloo has.
 
     Raises:
       ValueError: an argument whose first dim is not the number of ranks, with its path.

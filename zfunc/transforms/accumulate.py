@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,32 +54,40 @@ def accumulate(num_microbatches: int) -> Transform:
         outer = step.accumulate
         name = f"{getattr(outer, '__name__', 'accumulate')} . accumulate({n})"
         return step._replace(
-            accumulate=named(lambda grad_fn: outer(_microbatched(grad_fn, n)), name)
+            accumulate=named(lambda grad_fn: outer(microbatched(grad_fn, n)), name)
         )
 
     return named(transform, f"accumulate({n})")
 
 
-def _microbatched(grad_fn: GradFn, n: int) -> GradFn:
-    if n == 1:
-        return grad_fn
+@dataclass(frozen=True, eq=False)
+class Microbatched:
+    """A function of gradients, added up over ``n`` microbatches in order."""
 
-    def summed(params: PyTree, batch: PyTree, samples: Samples) -> Any:
+    grad_fn: GradFn
+    n: int
+
+    def __call__(self, params: PyTree, batch: PyTree, samples: Samples) -> Any:
+        """The sums of what ``grad_fn`` returns."""
+        n, num_samples = self.n, len(samples.index)
         batches = _split(batch, n)
-        indices = samples.index.chunk(n) if len(samples.index) else [samples.index] * n
         if loop.is_tracing():
-            return _traced(grad_fn, n, params, batch, samples)
+            return _traced(self.grad_fn, n, params, batch, samples)
+        indices = samples.index.chunk(n) if num_samples else [samples.index] * n
         totals: list[torch.Tensor] = []
         spec: Any = None
         for microbatch, index in zip(batches, indices, strict=True):
             which = Samples(samples.key, index, samples.loss_scale)
-            out = grad_fn(params, microbatch, which)
+            out = self.grad_fn(params, microbatch, which)
             leaves, spec = tree_flatten(out)
             del out
             _add_up(totals, leaves)
         return tree_unflatten(spec, totals)
 
-    return summed
+
+def microbatched(grad_fn: GradFn, n: int) -> GradFn:
+    """``Microbatched``, or the function itself for one microbatch."""
+    return grad_fn if n == 1 else Microbatched(grad_fn, n)
 
 
 def _traced(

@@ -30,6 +30,7 @@ from zfunc.core.tree import (
     tree_map,
     tree_unflatten,
 )
+from zfunc.transforms.fixed_order import in_fixed_order
 from zfunc.transforms.gathered import Wire, gather_on_use
 
 
@@ -53,6 +54,8 @@ def partition(
     gather_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     persistence_threshold: int = 0,
+    deterministic: bool = False,
+    virtual_shards: int | None = None,
 ) -> Transform:
     r"""Data parallelism over ``axis`` in one of the four ZeRO stages.
 
@@ -84,13 +87,20 @@ def partition(
         sums add up in float32 at least; NCCL adds in the dtype that is sent.
       persistence_threshold: at stage 3, leaves of at most this many elements are
         gathered once per step. DeepSpeed's default is 100_000; ours gathers all at use.
+      deterministic: the same parameters, bit for bit, on any number of ranks that
+        divides ``virtual_shards``: the gradient of each of these parts of the batch is
+        computed by itself, and added up along one binary tree. At stages 0 and 1, where
+        a rank adds up before it sends. Microbatches are virtual shards then. The number
+        of threads per rank must be the same too.
+      virtual_shards: a power of two; 8 with ``deterministic``.
 
     Raises:
       ValueError: a stage that does not exist, a dtype that is not floating, a threshold
         that is not a count or is given to another stage.
       MeshError: (when called) ``axis`` is not an axis of the state's mesh.
       PlacementError: (when called) a state that is not placed, is sharded at stage 0,
-        or over an axis that the step does not handle.
+        or over an axis that the step does not handle; with ``deterministic``, a number
+        of ranks and microbatches that does not divide ``virtual_shards``, or a GPU.
 
     Every rank must run the same program: a loss that uses other parameters on other
     ranks (a branch on the rank or on the data) mixes up the gathers of stage 3.
@@ -117,10 +127,14 @@ def partition(
       tensor([0.9000, 0.9000, 0.9000])
     """
     _check_options(zero, axis, gather_dtype, reduce_dtype, persistence_threshold)
-    stage = _Stage(Wire(axis, gather_dtype, reduce_dtype), zero, persistence_threshold)
+    shards = _check_fixed_order(zero, reduce_dtype, deterministic, virtual_shards)
+    wire_ = Wire(axis, gather_dtype, reduce_dtype)
+    stage = _Stage(wire_, zero, persistence_threshold, shards)
     name = f"partition(zero={zero})"
 
     def transform(step: TrainStep) -> TrainStep:
+        if shards:
+            _check_order_of(step.tx)
         inner_grad, inner_accumulate = step.grad, step.accumulate
         return step._replace(
             grad=named(lambda loss: stage.grad(inner_grad, loss), name),
@@ -136,10 +150,13 @@ def partition(
 class _Stage:
     """The two places where a stage acts: around autodiff, and around the step."""
 
-    __slots__ = ("threshold", "wire", "zero")
+    __slots__ = ("threshold", "virtual_shards", "wire", "zero")
 
-    def __init__(self, wire_: Wire, zero: int, threshold: int) -> None:
+    def __init__(
+        self, wire_: Wire, zero: int, threshold: int, virtual_shards: int
+    ) -> None:
         self.wire, self.zero, self.threshold = wire_, zero, threshold
+        self.virtual_shards = virtual_shards
 
     def grad(self, inner: Callable[[LossFn], GradFn], loss: LossFn) -> GradFn:
         """Per microbatch: gather at use inside autodiff; at stage 2 scatter after."""
@@ -173,9 +190,11 @@ class _Stage:
             mesh = self._checked_mesh(params)
             offset = collectives.axis_index(self.wire.axis, mesh)
             index = samples.index + offset * samples.index.shape[0]
-            tally, grads = grad_fn(
-                self._enter(params), batch, samples._replace(index=index)
-            )
+            here, local = samples._replace(index=index), grad_fn
+            if self.virtual_shards:
+                n = mesh.axis_size(self.wire.axis)
+                local = in_fixed_order(grad_fn, self.virtual_shards, n, mesh)
+            tally, grads = local(self._enter(params), batch, here)
             tally = collectives.psum(tally, self.wire.axis, mesh)
             return tally, self._sum_rest(self._scatter(grads))
 
@@ -312,4 +331,40 @@ def _check_options(
         raise ValueError(
             f"partition: persistence_threshold is for zero=3; stage {zero} gathers "
             "every leaf once per step already"
+        )
+
+
+def _check_fixed_order(
+    zero: int, reduce_dtype: Any, deterministic: Any, virtual_shards: Any
+) -> int:
+    """The number of virtual shards; 0 without ``deterministic``."""
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"partition: deterministic is a bool; got {deterministic!r}")
+    if not deterministic:
+        if virtual_shards is not None:
+            raise ValueError("partition: virtual_shards is for deterministic=True")
+        return 0
+    if zero > 1:
+        raise ValueError(
+            f"partition: deterministic=True adds up a rank's gradients before it sends "
+            f"them, which zero={zero} does not: use zero=1, which keeps the same state"
+        )
+    if reduce_dtype is not None:
+        raise ValueError(
+            "partition: deterministic=True sends sums as they are: leave reduce_dtype "
+            "out, since rounding them depends on how many ranks there are"
+        )
+    shards = 8 if virtual_shards is None else virtual_shards
+    if type(shards) is not int or shards < 1 or shards & (shards - 1):
+        raise ValueError(f"partition: virtual_shards is a power of two; got {shards!r}")
+    return shards
+
+
+def _check_order_of(tx: Any) -> None:
+    if not (getattr(tx, "leafwise", False) or getattr(tx, "deterministic", False)):
+        raise ValueError(
+            "partition: deterministic=True needs an optimizer whose bits do not depend "
+            "on the mesh, and this one adds up over leaves: type "
+            "zf.optim.clip_by_global_norm(c, deterministic=True), or leave "
+            "deterministic out"
         )

@@ -2,20 +2,19 @@
 """The form of each collective that is fastest on gloo, with the eager step's sums.
 
 gloo's reduce-scatter is one all-reduce per rank; an all-to-all and a sum on this rank
-are 1.5 times faster. Sums are in rank order there, so a program gives the eager bits.
+are 1.5 times faster. Sums are along the eager step's tree, so a program gives its bits.
 Two ranks have one order only: there gloo's all-reduce gives them too, and is faster.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Final
 
 import torch
 from torch.fx import Graph, Node
 
-from zfunc.core.wire import SMALL_REDUCTION_ELEMENTS
+from zfunc.core.wire import SMALL_REDUCTION_ELEMENTS, first_half
 from zfunc.program import ir
 from zfunc.program.passes.chains import wait_of
 from zfunc.program.program import Program, graph_pass
@@ -42,7 +41,7 @@ def collective_form(graph: Graph, program: Program) -> None:
 
 
 def _by_all_to_all(graph: Graph, start: Node, n: int) -> None:
-    """Each rank receives its piece from all, and adds them up in rank order."""
+    """Each rank receives its piece from all, and adds them up."""
     wait, sent = wait_of(start), start.args[0]
     splits = [start.meta["val"].shape[0]] * n
     with graph.inserting_before(start):
@@ -88,7 +87,7 @@ def _by_parts(graph: Graph, start: Node, n: int) -> None:
 
 
 def _folded(graph: Graph, received: Node, n: int, like: Node) -> Node:
-    """The sum of n equal parts, in order, as ``wire.fold_add`` has it."""
+    """The sum of n equal parts, along the tree of ``wire.fold_add``."""
     value = received.meta["val"]
     sizes = [value.shape[0] // n] * n
     parts = ir.emit(graph, aten.split_with_sizes.default, received, sizes, like=like)
@@ -96,10 +95,17 @@ def _folded(graph: Graph, received: Node, n: int, like: Node) -> Node:
     items = [ir.emit(graph, operator.getitem, parts, i, like=like) for i in range(n)]
     if narrow:
         items = [_cast(graph, item, torch.float32) for item in items]
-    total = functools.reduce(
-        lambda a, b: ir.emit(graph, aten.add.Tensor, a, b, like=like), items
-    )
+    total = _tree_sum(graph, items, like)
     return _cast(graph, total, value.dtype) if narrow else total
+
+
+def _tree_sum(graph: Graph, items: list[Node], like: Node) -> Node:
+    if len(items) == 1:
+        return items[0]
+    half = first_half(len(items))
+    left = _tree_sum(graph, items[:half], like)
+    right = _tree_sum(graph, items[half:], like)
+    return ir.emit(graph, aten.add.Tensor, left, right, like=like)
 
 
 def _cast(graph: Graph, x: Node, dtype: torch.dtype) -> Node:
