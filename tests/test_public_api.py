@@ -33,17 +33,18 @@ NAMES = {
         """,
     "zfunc.optim": """
         EmaMoments GradientTransformation KahanMoments Mask OneCycle
-        ScaleByAdagradMoments ScaleByAdamMoments ScaleByLearningRateMoments
-        ScaleByLionMoments ScaleByRmsMoments Schedule ScheduleFreeMoments
-        StochasticRoundingMoments TraceMoments adagrad adam adamw
-        add_decayed_weights apply_updates averaged_params chain
-        clip_by_global_norm clip_by_value constant cosine decay_matrices ema
-        identity join kahan lion lr_range_test one_cycle rmsprop
+        ScaleByAdafactorMoments ScaleByAdagradMoments ScaleByAdamMoments
+        ScaleByLearningRateMoments ScaleByLionMoments ScaleByMuonMoments
+        ScaleByRmsMoments Schedule ScheduleFreeMoments StochasticRoundingMoments
+        TraceMoments adafactor adagrad adam adamw add_decayed_weights
+        apply_updates averaged_params chain clip_by_global_norm clip_by_value
+        constant cosine decay_matrices ema hidden_matrices identity join kahan
+        lamb lion lr_range_test muon one_cycle rmsprop scale_by_adafactor
         scale_by_adagrad scale_by_adam scale_by_learning_rate scale_by_lion
-        scale_by_rms scaled schedule_free schedule_free_adamw
-        schedule_free_params sgd stateless stochastic_rounding trace
-        warmup_cosine warmup_cosine_lr warmup_decay_lr warmup_linear warmup_lr
-        wsd
+        scale_by_muon scale_by_rms scale_by_trust_ratio scaled schedule_free
+        schedule_free_adamw schedule_free_params sgd stateless
+        stochastic_rounding trace warmup_cosine warmup_cosine_lr warmup_decay_lr
+        warmup_linear warmup_lr wsd
         """,
     "zfunc.testing": """
         EquivalenceError Lockstep LockstepError Recipe Simulation assert_equivalent
@@ -148,6 +149,16 @@ SIGNATURES = {
     "optim.schedule_free_adamw": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, "
     "weight_decay=0.0, warmup_steps=0, mask=None)",
     "optim.ema": "(decay=0.999)",
+    "optim.lamb": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0, "
+    "mask=None, *, bias_correction=True, max_coeff=10.0, min_coeff=0.01)",
+    "optim.scale_by_trust_ratio": "(max_coeff=10.0, min_coeff=0.01)",
+    "optim.muon": "(learning_rate=0.02, momentum=0.95, weight_decay=0.0, *, "
+    "nesterov=True, num_steps=5, scale='original', dtype=None, "
+    "adam_learning_rate=0.0003, b1=0.9, b2=0.95, eps=1e-10, mask=None, "
+    "decay_mask=None)",
+    "optim.hidden_matrices": "(path, leaf)",
+    "optim.adafactor": "(learning_rate=0.01, momentum=0.0, weight_decay=0.0, *, "
+    "b2_decay=-0.8, eps1=1e-30, eps2=0.001, clip=1.0, mask=None)",
     "optim.averaged_params": "(state)",
     "optim.schedule_free_params": "(state)",
     "optim.kahan": "(tx)",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers as chains of gradient transformations: pure functions on pytrees."""
 
+from .adafactor import ScaleByAdafactorMoments as ScaleByAdafactorMoments
+from .adafactor import adafactor as adafactor
+from .adafactor import scale_by_adafactor as scale_by_adafactor
 from .adagrad import ScaleByAdagradMoments as ScaleByAdagradMoments
 from .adagrad import adagrad as adagrad
 from .adagrad import scale_by_adagrad as scale_by_adagrad
@@ -21,6 +24,8 @@ from .decay import decay_matrices as decay_matrices
 from .ema import EmaMoments as EmaMoments
 from .ema import averaged_params as averaged_params
 from .ema import ema as ema
+from .lamb import lamb as lamb
+from .lamb import scale_by_trust_ratio as scale_by_trust_ratio
 from .lion import ScaleByLionMoments as ScaleByLionMoments
 from .lion import lion as lion
 from .lion import scale_by_lion as scale_by_lion
@@ -28,6 +33,10 @@ from .low_precision import KahanMoments as KahanMoments
 from .low_precision import StochasticRoundingMoments as StochasticRoundingMoments
 from .low_precision import kahan as kahan
 from .low_precision import stochastic_rounding as stochastic_rounding
+from .muon import ScaleByMuonMoments as ScaleByMuonMoments
+from .muon import hidden_matrices as hidden_matrices
+from .muon import muon as muon
+from .muon import scale_by_muon as scale_by_muon
 from .rmsprop import ScaleByRmsMoments as ScaleByRmsMoments
 from .rmsprop import rmsprop as rmsprop
 from .rmsprop import scale_by_rms as scale_by_rms

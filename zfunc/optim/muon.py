@@ -2,8 +2,9 @@
 """Muon: momentum made orthogonal for matrices, Adam for everything else."""
 
 import math
+import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ from zfunc.optim.whole import (
     zeros_beside,
 )
 
-NOT_MATRICES = ("emb", "wte", "wpe", "head")
+NOT_HIDDEN: Final = frozenset(
+    {"embed", "embedding", "embeddings", "wte", "wpe", "head"}
+)
 Scale = Literal["original", "match_rms_adamw"]
 
 
@@ -70,8 +73,9 @@ def hidden_matrices(path: str, leaf: Sharded | Tensor) -> bool:
     """The usual mask of Muon: what has two dims, except embeddings and the head.
 
     Args:
-      path: Where the leaf is, as ``"layers/0/w"``. A path with ``emb``, ``wte``,
-        ``wpe`` or ``head`` in it names an embedding or a head.
+      path: Where the leaf is, as ``"layers/0/w"``. One with a word ``embed``,
+        ``embedding``, ``embeddings``, ``wte``, ``wpe`` or ``head`` in it is not hidden
+        (words end at ``/``, ``.`` and ``_``).
       leaf: The parameter; of a ``Sharded`` one the global shape counts.
 
     Returns:
@@ -88,8 +92,8 @@ def hidden_matrices(path: str, leaf: Sharded | Tensor) -> bool:
     Differs from:
       DeepSpeed has no default: parameters carry an attribute ``use_muon``.
     """
-    named = any(part in path.lower() for part in NOT_MATRICES)
-    return len(shape_of(leaf)) == 2 and not named
+    words = re.split(r"[/._]", path.lower())
+    return len(shape_of(leaf)) == 2 and not set(words) & NOT_HIDDEN
 
 
 def scale_by_muon(

@@ -27,7 +27,7 @@ def orthogonalized(
       X_{k+1} = a X_k + (b A + c A^2) X_k, \quad (a, b, c) = (3.4445, -4.775, 2.0315)
 
     A quintic Newton-Schulz iteration whose slope at 0 is as steep as can be: after 5
-    steps singular values from about 0.01 to 1 are between 0.68 and 1.13, not 1.
+    steps singular values of 0.01 to 1 are between 0.68 and 1.14, not 1.
 
     Args:
       x: Matrices, in the last two dims.
@@ -46,16 +46,18 @@ def orthogonalized(
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
     a, b, c = COEFFICIENTS
-    y = x.to(dtype or x.dtype)
     tall = x.shape[-2] > x.shape[-1]
+    y = x.to(dtype or x.dtype)
     y = y.mT if tall else y
+    y = y.reshape(math.prod(x.shape[:-2]), *y.shape[-2:])  # baddbmm has one batch dim
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
     y = y / norm.clamp(min=NORM_EPS)
     for _ in range(num_steps):
         gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    made: Tensor = y.mT if tall else y
-    return made.to(x.dtype)
+        mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        y = torch.baddbmm(y, mixed, y, beta=a)
+    y = y.reshape(*x.shape[:-2], *y.shape[-2:])
+    return (y.mT if tall else y).to(x.dtype)
 
 
 def orthogonalized_leaves(
