@@ -12,6 +12,7 @@ import typer
 from zfunc.cli.bench import bench_app
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
+from zfunc.cli.lr_find import lr_find_command
 from zfunc.cli.plan import plan_command
 
 _RUN, _MODEL, _TRAINING, _END = "Run", "Model", "Training", "At the end"
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.command("lr-find")(lr_find_command)
 app.command("plan")(plan_command)
 
 
