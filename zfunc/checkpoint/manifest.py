@@ -275,6 +275,8 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
             lines.append(f"  {at + ': ' if at else ''}{item['msg'][:400]}")
         lines.append("It is damaged: restore another step (see list_steps).")
         raise DamagedError("\n".join(lines)) from None
+    if not text.endswith(b"\n"):
+        raise DamagedError(f"{where}: its last byte is missing. It is damaged.")
     try:
         intact = manifest.manifest_sha256 == _hash_of(json.loads(text))
     except ValueError:  # an integer that Python does not read

@@ -14,6 +14,7 @@ from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.lr_find import lr_find_command
 from zfunc.cli.plan import plan_command
+from zfunc.cli.replay import replay_command
 
 _RUN, _MODEL, _TRAINING, _END = "Run", "Model", "Training", "At the end"
 _DEFAULT = TrainConfig()
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command("lr-find")(lr_find_command)
 app.command("plan")(plan_command)
+app.command("replay")(replay_command)
 
 
 def _option(name: str, panel: str) -> Any:
@@ -92,6 +94,9 @@ def train(
         ),
     ] = False,
     save_every: Annotated[int, _option("save_every", _RUN)] = _DEFAULT.save_every,
+    keep_last: Annotated[int | None, _option("keep_last", _RUN)] = None,
+    keep_every: Annotated[int | None, _option("keep_every", _RUN)] = None,
+    hash_every: Annotated[int, _option("hash_every", _RUN)] = _DEFAULT.hash_every,
     zero: Annotated[int, _option("zero", _RUN)] = _DEFAULT.zero,
     precision: Annotated[str, _option("precision", _RUN)] = _DEFAULT.precision,
     microbatches: Annotated[int, _option("microbatches", _RUN)] = _DEFAULT.microbatches,
@@ -121,7 +126,8 @@ def train(
     it is one of them. `zfunc train` alone learns Python from the sources of the
     standard library in a minute or two.
 
-    Ctrl-C saves a checkpoint and says how to go on; a second one stops at once.
+    Ctrl-C saves a checkpoint and says how to go on; a second one stops at once. So do
+    SIGTERM and SIGHUP: the exit code is 128 and the number of the signal.
     """
     given = {
         name: value

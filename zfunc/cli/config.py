@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from zfunc.checkpoint import Keep
 from zfunc.cli.errors import Problem, flag
 from zfunc.models.gpt_config import GPTConfig
 
@@ -18,6 +19,7 @@ from zfunc.models.gpt_config import GPTConfig
 MAY_CHANGE: Final[frozenset[str]] = frozenset(
     {"nproc", "zero", "microbatches", "remat", "backend", "save_every"}
     | {"sample_tokens", "temperature", "verify_steps"}
+    | {"keep_last", "keep_every", "hash_every"}
 )
 _MAX_WARMUP_STEPS = 100
 
@@ -85,6 +87,24 @@ class TrainConfig(BaseModel):
         description="Of the parameters and the order of the data.",
     )
     save_every: int = Field(default=100, ge=1, description="Steps between checkpoints.")
+    keep_last: int | None = Field(
+        default=None,
+        ge=1,
+        description="Newest checkpoints that stay; older ones are removed once a newer "
+        "one is on the disk. [default: all; 1 with --keep-every]",
+    )
+    keep_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Checkpoints of steps that are a multiple of it stay too. "
+        "[default: none, with --keep-last]",
+    )
+    hash_every: int = Field(
+        default=10,
+        ge=1,
+        description="Steps between hashes of the state, which zfunc replay compares; "
+        "every checkpoint has one.",
+    )
     remat: bool = Field(
         default=True,
         description="Recompute each block in the backward, to save memory.",
@@ -125,6 +145,13 @@ class TrainConfig(BaseModel):
             d_ff=3 * self.d_model,
             max_seq_len=self.seq_len,
         )
+
+    @property
+    def keep(self) -> Keep | None:
+        """Which checkpoints stay; None is all."""
+        if self.keep_last is None and self.keep_every is None:
+            return None
+        return Keep(last=self.keep_last or 1, every=self.keep_every)
 
     @property
     def warmup(self) -> int:

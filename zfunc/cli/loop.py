@@ -7,7 +7,8 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ import torch
 
 import zfunc as zf
 from zfunc import checkpoint
+from zfunc.checkpoint import Pending
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.errors import UsageError
+from zfunc.cli.hashes import hashed_leaves, hashes_of, named
 from zfunc.cli.metrics import Row
 from zfunc.cli.observer import Observer
 from zfunc.cli.program import compiled_step, schedule_of
@@ -48,13 +51,15 @@ class Training:
     meta: dict[str, Any]
 
 
-class _Pending(NamedTuple):
+class _Measured(NamedTuple):
     """A step whose numbers have not been read: reading them waits for the device."""
 
     step: int
     time_s: float
     numbers: torch.Tensor
     ranks: torch.Tensor
+    paths: tuple[str, ...] = ()
+    hashes: torch.Tensor | None = None
 
 
 def train(
@@ -67,6 +72,7 @@ def train(
 
     A step's numbers are read when the next one is under way, so the host never waits
     for the device; whether to stop travels with them, so all ranks stop at one step.
+    Checkpoints are written beside the steps that follow; the last one is waited for.
 
     Args:
       training: The run.
@@ -80,29 +86,49 @@ def train(
 
     Raises:
       UsageError: The loss is not a number.
+      CheckpointError: A checkpoint could not be written.
     """
     config, mesh = training.config, training.mesh
     step_fn = compiled_step(config)
     clock = _Clock(training, observer)
     here, saved, signal = start, start.step, 0
-    pending: _Pending | None = None
+    pending: _Measured | None = None
     del start
-    for step in range(here.step + 1, config.steps + 1):
-        batch, cursor = training.loader.next(here.cursor)
-        state = step_fn(here.state, on_device(batch, mesh))
-        here = Progress(state, cursor)
-        before, pending = pending, _measured(step, state, mesh, stop_signal())
-        if before is not None:
-            signal = clock.tell(before)
-        if step % config.save_every == 0 or step == config.steps or signal:
-            stop_here, pending = clock.tell(pending), None
-            signal = signal or stop_here
-            _save(training, here, observer)
-            clock.go_on()
-            saved = step
-        if signal:
-            break
+    with _waited_for() as saving:
+        for step in range(here.step + 1, config.steps + 1):
+            batch, cursor = training.loader.next(here.cursor)
+            state = step_fn(here.state, on_device(batch, mesh))
+            here = Progress(state, cursor)
+            before, pending = pending, _measured(step, state, mesh, stop_signal())
+            if before is not None:
+                signal = clock.tell(before)
+            saves = step % config.save_every == 0 or step == config.steps or signal
+            if saves or step % config.hash_every == 0:
+                pending = _hashed(pending, state, mesh)
+            if saves:
+                stop_here, pending = clock.tell(pending), None
+                signal = signal or stop_here
+                _save(training, here, observer, saving)
+                clock.go_on()
+                saved = step
+            if signal:
+                break
     return here, signal if saved < config.steps else 0
+
+
+@contextmanager
+def _waited_for() -> Iterator[deque[Pending]]:
+    """Room for the save that is under way; at the end it is done, however that comes.
+
+    Raises:
+      CheckpointError: It could not be written.
+    """
+    saving: deque[Pending] = deque(maxlen=1)
+    try:
+        yield saving
+    finally:
+        for pending in saving:
+            pending.wait()
 
 
 class _Clock:
@@ -114,7 +140,7 @@ class _Clock:
         now = time.perf_counter()
         self._start_s, self._times = now - observer.elapsed_s, deque([now], maxlen=1)
 
-    def tell(self, pending: _Pending) -> int:
+    def tell(self, pending: _Measured) -> int:
         """Read a step, tell the observer; the signal to stop on, if any."""
         loss, grad_norm = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
@@ -138,6 +164,9 @@ class _Clock:
             peak_rss_mb=round(peak_bytes / 1e6, 1),
         )
         self._times.append(pending.time_s)
+        if pending.hashes is not None:
+            hashes = named(pending.paths, pending.hashes)
+            self._observer.hashes(pending.step, hashes)
         self._observer.row(row)
         return int(signal)
 
@@ -146,18 +175,34 @@ class _Clock:
         self._times.append(time.perf_counter())
 
 
-def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Pending:
+def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Measured:
     """Start to gather a step's numbers; nothing is waited for."""
     metrics = state.metrics
     numbers = torch.stack([metrics.loss.double(), metrics.grad_norm.double()])
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = torch.tensor([[float(signal), float(peak_bytes)]], dtype=torch.float64)
     ranks = zf.all_gather(mine.to(mesh.device), "data", mesh)
-    return _Pending(step, time.perf_counter(), numbers, ranks)
+    return _Measured(step, time.perf_counter(), numbers, ranks)
 
 
-def _save(training: Training, here: Progress, observer: Observer) -> None:
+def _hashed(measured: _Measured, state: zf.TrainState, mesh: zf.Mesh) -> _Measured:
+    paths = tuple(path for path, _ in hashed_leaves(state))
+    return measured._replace(paths=paths, hashes=hashes_of(state, mesh))
+
+
+def _save(
+    training: Training, here: Progress, observer: Observer, saving: deque[Pending]
+) -> None:
+    """Wait for the save before, and begin this one."""
+    for pending in saving:
+        pending.wait()
     observer.saving()
-    checkpoint.save(
-        training.checkpoints, here.state, cursor=here.cursor, meta=training.meta
+    saving.append(
+        checkpoint.save_async(
+            training.checkpoints,
+            here.state,
+            cursor=here.cursor,
+            meta=training.meta,
+            keep=training.config.keep,
+        )
     )

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from zfunc.cli.display import Display
+from zfunc.cli.hashes import Hashes, HashesFile
 from zfunc.cli.metrics import MetricsFile, Row
 
 
@@ -18,6 +19,10 @@ class Observer(AbstractContextManager["Observer"], Protocol):
 
     def row(self, row: Row) -> None:
         """A step was measured."""
+        ...
+
+    def hashes(self, step: int, hashes: Hashes) -> None:
+        """The state after a step was hashed; comes before the step's row."""
         ...
 
     def saving(self) -> None:
@@ -31,6 +36,9 @@ class Silent:
     elapsed_s = 0.0
 
     def row(self, row: Row) -> None:
+        """Nothing."""
+
+    def hashes(self, step: int, hashes: Hashes) -> None:
         """Nothing."""
 
     def saving(self) -> None:
@@ -49,10 +57,12 @@ class Silent:
 
 
 class Reporter:
-    """Appends every step to the metrics file and shows it."""
+    """Appends every step to the metrics file, hashes to theirs, and shows steps."""
 
-    def __init__(self, metrics: MetricsFile, display: Display) -> None:
-        self._metrics, self._display = metrics, display
+    def __init__(
+        self, metrics: MetricsFile, hashes: HashesFile, display: Display
+    ) -> None:
+        self._metrics, self._hashes, self._display = metrics, hashes, display
         self.elapsed_s = metrics.elapsed_s
 
     def row(self, row: Row) -> None:
@@ -60,9 +70,14 @@ class Reporter:
         self._metrics.append(row)
         self._display.step(row)
 
+    def hashes(self, step: int, hashes: Hashes) -> None:
+        """Write them down."""
+        self._hashes.append(step, hashes)
+
     def saving(self) -> None:
         """See that the rows are on the disk before the checkpoint is."""
         self._metrics.sync()
+        self._hashes.sync()
 
     def __enter__(self) -> Observer:
         self._display.__enter__()
@@ -76,3 +91,4 @@ class Reporter:
     ) -> None:
         self._display.__exit__(kind, error, where)
         self._metrics.close()
+        self._hashes.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from zfunc import checkpoint
+from zfunc.checkpoint.files import fsync_directory
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.errors import Problem, UsageError
 from zfunc.core.errors import CheckpointError
@@ -39,6 +41,11 @@ class RunDir:
     def metrics(self) -> Path:
         """One row per step, CSV."""
         return self.root / "metrics.csv"
+
+    @property
+    def hashes(self) -> Path:
+        """Hashes of the state, JSON lines."""
+        return self.root / "hashes.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -68,7 +75,7 @@ class RunDir:
     def files(self) -> tuple[Path, ...]:
         """All that a run writes."""
         single = (self.config, self.metrics, self.plot, self.sample, self.summary)
-        return (*single, self.checkpoints)
+        return (*single, self.hashes, self.checkpoints)
 
     def fresh_problems(self, *, overwrite: bool) -> Iterator[Problem]:
         """What stands in the way of a new run here; nothing is written."""
@@ -136,6 +143,27 @@ class RunDir:
         except OSError as error:
             why = f"cannot be written: {error.strerror or error}"
             raise UsageError([Problem(f"--out {self.root}", why)]) from error
+
+    def set_aside(self, damaged: Path) -> Path:
+        """Give a damaged checkpoint a name that does not count, and return it.
+
+        The run comes to its step again, and saves it.
+
+        Raises:
+          UsageError: It cannot be renamed.
+        """
+        names = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+        free = (damaged.with_name(f"damaged-{damaged.name}{n}") for n in names)
+        target = next(path for path in free if not os.path.lexists(path))
+        try:
+            os.rename(damaged, target)
+            fsync_directory(target.parent)
+        except OSError as error:
+            raise UsageError(
+                f"--resume: {damaged} is damaged and cannot be renamed: "
+                f"{error.strerror or error}"
+            ) from error
+        return target
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""

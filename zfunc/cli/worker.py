@@ -18,10 +18,11 @@ from zfunc.cli.config import TrainConfig, conflicts
 from zfunc.cli.corpus import Corpus, open_corpus
 from zfunc.cli.display import make_console, make_display
 from zfunc.cli.errors import UsageError
+from zfunc.cli.hashes import HashesFile
 from zfunc.cli.loop import Progress, Training, train
 from zfunc.cli.metrics import MetricsFile
 from zfunc.cli.observer import Observer, Reporter, Silent
-from zfunc.cli.program import first_state
+from zfunc.cli.program import first_state, sharded_step
 from zfunc.cli.report import measured_bytes
 from zfunc.cli.rundir import RunDir
 from zfunc.data import Cursor, Loader
@@ -47,11 +48,11 @@ def run_rank(config: TrainConfig, run: RunDir, job: Job, *, resume: bool) -> int
     corpus = open_corpus(config.data)
     mesh = zf.make_mesh({"data": job.world})
     try:
-        training = _training(config, run, corpus, mesh)
+        training = training_of(config, run, corpus, mesh)
         start = Progress(first_state(config, mesh), Cursor(seed=config.seed))
-        if resume:
-            start = _restored(training, start)
         console = make_console() if job.is_first else None
+        if resume:
+            start = _restored(training, start, run, console)
         if console is not None:
             _introduce(console, training, corpus, start.step)
         observing = _observer(console, training, run, start)
@@ -68,9 +69,10 @@ def run_rank(config: TrainConfig, run: RunDir, job: Job, *, resume: bool) -> int
             dist.destroy_process_group()
 
 
-def _training(
+def training_of(
     config: TrainConfig, run: RunDir, corpus: Corpus, mesh: zf.Mesh
 ) -> Training:
+    """What a run consists of, for this rank."""
     loader = Loader(
         corpus.train,
         seq_len=config.seq_len,
@@ -82,18 +84,36 @@ def _training(
     return Training(config, mesh, loader, run.checkpoints, meta)
 
 
-def _restored(training: Training, fresh: Progress) -> Progress:
-    """Where the newest checkpoint is, placed like the fresh state."""
+def _restored(
+    training: Training, fresh: Progress, run: RunDir, console: Console | None
+) -> Progress:
+    """The newest checkpoint that is whole, placed like the fresh state.
+
+    Damaged ones are passed over, said, and renamed: the run comes to them again.
+    """
     root = training.checkpoints
     try:
-        restored = checkpoint.restore(root, fresh.state)
+        newest = checkpoint.restore_newest(root, scaled(training.config, fresh.state))
     except zf.CheckpointError as error:
         raise UsageError(
             f"--resume: {error}\n(A checkpoint that is moved out of {root} is not "
             "looked at: --resume then goes on from the one before it.)"
         ) from error
-    _check_origin(root, training, restored.meta)
-    return Progress(restored.state, Cursor(**restored.cursor))
+    _check_origin(root, training, newest.restored.meta)
+    if console is not None:
+        for damage in newest.damaged:
+            moved = run.set_aside(damage.path)
+            console.print(
+                f"passed over: {damage.why}\n  (it is {moved.name} now)",
+                markup=False,
+                soft_wrap=True,
+            )
+    return Progress(newest.restored.state, Cursor(**newest.restored.cursor))
+
+
+def scaled(config: TrainConfig, state: zf.TrainState) -> zf.TrainState:
+    """A first state with the loss scale of the run's step, as a checkpoint has it."""
+    return state.replace(loss_scale=sharded_step(config).loss_scale_of(state))
 
 
 def _check_origin(root: Path, training: Training, meta: dict[str, Any]) -> None:
@@ -126,7 +146,8 @@ def _observer(
     per_rank = measured_bytes((state.params, state.grads, state.moments)).per_rank
     steps = training.config.steps
     display = make_display(console, steps, start.step, per_rank / 1e6)
-    return Reporter(MetricsFile(run.metrics, start.step), display)
+    metrics = MetricsFile(run.metrics, start.step)
+    return Reporter(metrics, HashesFile(run.hashes, start.step), display)
 
 
 def _introduce(console: Console, training: Training, corpus: Corpus, step: int) -> None:

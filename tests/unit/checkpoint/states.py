@@ -114,7 +114,7 @@ def with_its_hash(tree):
     rest = {name: tree[name] for name in tree if name != "manifest_sha256"}
     text = json.dumps(rest, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**rest, "manifest_sha256": digest})
+    return json.dumps({**rest, "manifest_sha256": digest}) + "\n"
 
 
 def everything(root: Path):
