@@ -50,8 +50,9 @@ class TrainConfig(BaseModel):
     zero: Literal[0, 1, 2, 3] = Field(
         default=3, description="ZeRO stage: 0 replicates; 1, 2 and 3 shard the state."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Arithmetic of the loss: fp32 or bf16."
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Arithmetic of the loss: fp32, bf16, or fp16 with a dynamic scale.",
     )
     microbatches: int = Field(
         default=1, ge=1, description="Parts in which each rank computes its batch."

@@ -142,10 +142,10 @@ class _Clock:
 
     def tell(self, pending: _Measured) -> int:
         """Read a step, tell the observer; the signal to stop on, if any."""
-        loss, grad_norm = pending.numbers.tolist()
+        loss, grad_norm, skipped = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
         config = self._training.config
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (skipped or math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UsageError(
                 f"the loss is {loss} and the gradient's norm {grad_norm} at step "
                 f"{pending.step}: the training diverged. "
@@ -162,6 +162,7 @@ class _Clock:
             tokens_per_s=round(tokens / (pending.time_s - self._times[-1]), 1),
             elapsed_s=round(pending.time_s - self._start_s, 3),
             peak_rss_mb=round(peak_bytes / 1e6, 1),
+            skipped=int(skipped),
         )
         self._times.append(pending.time_s)
         if pending.hashes is not None:
@@ -178,7 +179,8 @@ class _Clock:
 def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Measured:
     """Start to gather a step's numbers; nothing is waited for."""
     metrics = state.metrics
-    numbers = torch.stack([metrics.loss.double(), metrics.grad_norm.double()])
+    measured = (metrics.loss, metrics.grad_norm, metrics.skipped)
+    numbers = torch.stack([x.double() for x in measured])
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = torch.tensor([[float(signal), float(peak_bytes)]], dtype=torch.float64)
     ranks = zf.all_gather(mine.to(mesh.device), "data", mesh)

@@ -25,6 +25,7 @@ class Row(NamedTuple):
       tokens_per_s: Of this step, over all ranks.
       elapsed_s: Time of training so far, interruptions left out.
       peak_rss_mb: Largest memory of a process so far, over the ranks, in 10^6 bytes.
+      skipped: 1 if the update was left out because its gradients overflowed, else 0.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     tokens_per_s: float
     elapsed_s: float
     peak_rss_mb: float
+    skipped: int
 
 
 def read_rows(path: Path, last_step: int | None = None) -> list[Row]:
@@ -54,9 +56,12 @@ def read_rows(path: Path, last_step: int | None = None) -> list[Row]:
 def _parsed(fields: list[str]) -> Row | None:
     try:
         step, loss, grad_norm, lr, tokens, *rest = fields
+        *rest, skipped = rest
         rate, elapsed_s, peak_rss_mb = map(float, rest)
-        floats = (float(loss), float(grad_norm), float(lr))
-        return Row(int(step), *floats, int(tokens), rate, elapsed_s, peak_rss_mb)
+        measured = (rate, elapsed_s, peak_rss_mb, int(skipped))
+        return Row(
+            int(step), float(loss), float(grad_norm), float(lr), int(tokens), *measured
+        )
     except ValueError:  # the header, or a line that was cut off
         return None
 
@@ -65,8 +70,10 @@ def format_rows(rows: Iterable[Row], *, header: bool) -> str:
     """Rows as CSV; numbers read back as the same bits.
 
     Examples:
-      >>> print(format_rows([Row(1, 0.1, 2.0, 0.0, 64, 9.5, 1.0, 300.0)], header=False))
-      1,0.1,2.0,0.0,64,9.5,1.0,300.0
+      >>> print(
+      ...     format_rows([Row(1, 0.1, 2.0, 0.0, 64, 9.5, 1.0, 300.0, 0)], header=False)
+      ... )
+      1,0.1,2.0,0.0,64,9.5,1.0,300.0,0
       <BLANKLINE>
     """
     text = io.StringIO()

@@ -18,7 +18,7 @@ class Differences(NamedTuple):
     """The largest difference between the sharded and the unsharded run.
 
     Attributes:
-      steps: How many first steps were compared.
+      steps: How many first steps were compared; those that overflowed were not.
       loss: In nats per byte.
       gradients: Of an element, relative to the largest one of its tensor.
     """
@@ -42,7 +42,7 @@ def compare(config: TrainConfig, mesh: zf.Mesh, loader: Loader) -> Differences:
     Returns:
       The differences on rank 0; zeros on the others.
     """
-    steps = min(config.verify_steps, config.steps)
+    steps, compared = min(config.verify_steps, config.steps), 0
     if not steps:
         return Differences(0, 0.0, 0.0)
     sharded, step = first_state(config, mesh), sharded_step(config)
@@ -53,17 +53,20 @@ def compare(config: TrainConfig, mesh: zf.Mesh, loader: Loader) -> Differences:
     for _ in range(steps):
         batch, after = loader.next(cursor)
         sharded = step(sharded, on_device(batch, mesh))
+        cursor_before, cursor = cursor, after
+        if int(sharded.metrics.skipped):  # it overflowed, and changed nothing
+            continue
+        compared += 1
         grads = zf.unshard(sharded.replace(params=None, moments=None)).grads
         if reference is not None:
             plain, state = reference
-            state = plain(state, on_device(whole.next(cursor)[0], mesh))
+            state = plain(state, on_device(whole.next(cursor_before)[0], mesh))
             reference = plain, state
             difference = float(sharded.metrics.loss) - float(state.metrics.loss)
             loss = max(loss, abs(difference))
             expected = zf.unshard(state.replace(params=None, moments=None)).grads
             gradients = max(gradients, _relative(grads, expected))
-        cursor = after
-    return Differences(steps, loss, gradients)
+    return Differences(compared, loss, gradients)
 
 
 def _reference(config: TrainConfig) -> tuple[zf.TrainStep, zf.TrainState]:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from zfunc.cli.metrics import MetricsFile, Row, format_rows, read_rows
 
-HEADER = "step,loss,grad_norm,lr,tokens,tokens_per_s,elapsed_s,peak_rss_mb"
+HEADER = "step,loss,grad_norm,lr,tokens,tokens_per_s,elapsed_s,peak_rss_mb,skipped"
 
 
 def row(step, loss=1.5):
-    return Row(step, loss, 0.25, 1e-3, 64 * step, 100.0, float(step), 300.0)
+    return Row(step, loss, 0.25, 1e-3, 64 * step, 100.0, float(step), 300.0, 0)
 
 
 def written(path, rows, start=0):
@@ -27,7 +27,7 @@ def test_rows_are_readable_while_the_file_is_open(tmp_path):
     path = tmp_path / "m.csv"
     metrics = MetricsFile(path, 0)
     metrics.append(row(1))
-    assert path.read_text() == f"{HEADER}\n1,1.5,0.25,0.001,64,100.0,1.0,300.0\n"
+    assert path.read_text() == f"{HEADER}\n1,1.5,0.25,0.001,64,100.0,1.0,300.0,0\n"
     metrics.close()
 
 

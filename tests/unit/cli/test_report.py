@@ -100,7 +100,7 @@ def test_bytes_are_those_of_the_buffers():
 
 def rows(losses):
     return [
-        Row(i, x, 1.0, 1e-3, 64 * i, 10.0, 2.0 * i, 1.0)
+        Row(i, x, 1.0, 1e-3, 64 * i, 10.0, 2.0 * i, 1.0, 0)
         for i, x in enumerate(losses, 1)
     ]
 
