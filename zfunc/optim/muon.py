@@ -110,22 +110,22 @@ def scale_by_muon(
 ) -> GradientTransformation:
     r"""Replace the updates of matrices by their orthogonalized momentum.
 
-    From :math:`\mu_0 = 0`, for a matrix of r rows and c columns:
+    From :math:`\mu_0 = 0`, for a matrix of R rows and C columns:
 
     .. math::
       \mu_t &= \beta \mu_{t-1} + (1 - \beta) u_t \\
-      u'_t &= s(r, c) \, \mathrm{orthogonalized}(
+      u'_t &= s(R, C) \, \mathrm{orthogonalized}(
               \beta \mu_t + (1 - \beta) u_t \text{ if nesterov, else } \mu_t)
 
-    with :math:`s = \sqrt{\max(1, r/c)}` ("original") or
-    :math:`0.2 \sqrt{\max(r, c)}` ("match_rms_adamw": the size of Adam's updates).
+    with :math:`s = \sqrt{\max(1, R/C)}` ("original") or
+    :math:`0.2 \sqrt{\max(R, C)}` ("match_rms_adamw": the size of Adam's updates).
     Leaves that the mask does not pick go through ``scale_by_adam``.
 
     Cost: equal matrices (of one shape and placement, L of them on n ranks) are dealt
     out whole: by one all-to-all each rank gets :math:`\lceil L/n \rceil` of them,
-    orthogonalizes these, and sends the pieces back by another. Together that is twice
-    the bytes of a reduce-scatter of the momentum if n divides L, and no matrix is
-    orthogonalized twice. A leaf that is replicated is orthogonalized on every rank.
+    orthogonalizes these, and sends the pieces back by another. If n divides L a rank
+    sends :math:`2 L R C (n - 1) / n^2` numbers, and no matrix is orthogonalized twice.
+    A leaf that is replicated is orthogonalized on every rank.
 
     Args:
       momentum: :math:`\beta` in [0, 1).
