@@ -169,7 +169,7 @@ LAWS = {
     ),
     "rounding groups": Law(
         "stochastic rounding in groups of leaves",
-        (rounding.TREES, rounding.KEYS),
+        (rounding.layouts(), rounding.KEYS),
         rounding.check_groups,
     ),
     "bf16": Law("low precision bound", (low.problems(),), low.check_compute),

@@ -29,12 +29,14 @@ def check(case, tx):
     def both(mesh, params):
         of_pieces = zf.shard(params, mesh, spec=case.recipe.spec, tx=tx).moments
         whole = tx.init(params)
-        pieces = zf.tree_map(
-            lambda like, x: place(x, like.sharding) if is_sharded(like) else x,
-            of_pieces,
-            whole,
-            is_leaf=is_sharded,
-        )
+
+        def piece(like, x):
+            if not is_sharded(like):
+                return x
+            assert tuple(x.shape) == like.global_shape
+            return place(x, like.sharding)
+
+        pieces = zf.tree_map(piece, of_pieces, whole, is_leaf=is_sharded)
         return of_pieces, pieces
 
     ranks = zf.AbstractMesh(case.mesh_shape).size

@@ -30,6 +30,7 @@ from zfunc.testing.trees import tree_loss
 from zfunc.transforms import accumulate, partition
 from zfunc.transforms.remat import remat
 
+Maker = Callable[[], GradientTransformation]
 Optimizer = Literal[
     "sgd",
     "momentum",
@@ -46,7 +47,7 @@ Optimizer = Literal[
     "stochastic",
 ]
 
-OPTIMIZERS: Final = MappingProxyType(
+OPTIMIZERS: Final[MappingProxyType[str, Maker]] = MappingProxyType(
     {
         "sgd": functools.partial(sgd, 0.1),
         "momentum": functools.partial(sgd, 0.1, momentum=0.9, weight_decay=0.01),
@@ -113,7 +114,7 @@ class Recipe:
 
     def tx(self) -> GradientTransformation:
         """The optimizer, after the clipping if there is any."""
-        made: GradientTransformation = OPTIMIZERS[self.optimizer]()
+        made = OPTIMIZERS[self.optimizer]()
         if self.clip is None:
             return made
         return chain(clip_by_global_norm(self.clip), made)
