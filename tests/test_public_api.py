@@ -19,13 +19,14 @@ NAMES = {
     "zfunc": """
         AbstractMesh CheckpointError DonatedBufferError DynamicLossScale
         LossError Mean Mesh MeshError Metrics NamedSharding P PlacementError
-        Policy Program RematError Sharded StaticLossScale StructureError
-        TraceError TrainState TrainStep Transform ZfuncError abstract
-        accumulate all_gather all_to_all axis_index axis_size checkpoint core
-        data donate eval_shape from_dtensor global_norm jit make_mesh models
-        optim partition pmean ppermute precision psum psum_scatter random remat
-        reshard shard skip_nonfinite testing to_dtensor train_step tree_leaves
-        tree_map unshard value_and_grad
+        Policy Program Recovery RecoveryError RematError Run Sharded
+        StaticLossScale StructureError TraceError TrainState TrainStep
+        Transform ZfuncError abstract accumulate all_gather all_to_all
+        axis_index axis_size checkpoint core data donate eval_shape
+        from_dtensor global_norm jit make_mesh models optim partition pmean
+        ppermute precision psum psum_scatter random recovering remat reshard
+        shard skip_nonfinite testing to_dtensor train_step tree_leaves tree_map
+        unshard value_and_grad
         """,
     "zfunc.checkpoint": """
         Damage DamagedError Keep Newest Pending Restored latest list_steps remove_old
@@ -52,8 +53,8 @@ NAMES = {
         spmd tree_loss
         """,
     "zfunc.transforms": """
-        DynamicLossScale LossScale Policy StaticLossScale accumulate partition precision
-        remat skip_nonfinite
+        Decision DynamicLossScale LossScale Policy Recovery Run StaticLossScale
+        accumulate partition precision recovering remat skip_nonfinite
         """,
 }
 

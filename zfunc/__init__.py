@@ -27,6 +27,7 @@ from .core.errors import DonatedBufferError as DonatedBufferError
 from .core.errors import LossError as LossError
 from .core.errors import MeshError as MeshError
 from .core.errors import PlacementError as PlacementError
+from .core.errors import RecoveryError as RecoveryError
 from .core.errors import RematError as RematError
 from .core.errors import StructureError as StructureError
 from .core.errors import TraceError as TraceError
@@ -53,9 +54,12 @@ from .program.jit import jit as jit
 from .program.program import Program as Program
 from .transforms import DynamicLossScale as DynamicLossScale
 from .transforms import Policy as Policy
+from .transforms import Recovery as Recovery
+from .transforms import Run as Run
 from .transforms import StaticLossScale as StaticLossScale
 from .transforms import accumulate as accumulate
 from .transforms import partition as partition
 from .transforms import precision as precision
+from .transforms import recovering as recovering
 from .transforms import remat as remat
 from .transforms import skip_nonfinite as skip_nonfinite

@@ -145,7 +145,7 @@ class _Clock:
         loss, grad_norm, skipped = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
         config = self._training.config
-        if not (skipped or math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UsageError(
                 f"the loss is {loss} and the gradient's norm {grad_norm} at step "
                 f"{pending.step}: the training diverged. "

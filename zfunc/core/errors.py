@@ -94,6 +94,16 @@ class TraceError(ZfuncError, RuntimeError):
     """
 
 
+class RecoveryError(ZfuncError, RuntimeError):
+    """A training that its policy stops: a loss that is not finite, or a jump.
+
+    Example:
+      >>> raise RecoveryError("step 7: the loss is nan")
+      Traceback (most recent call last):
+      zfunc.core.errors.RecoveryError: step 7: the loss is nan
+    """
+
+
 class CheckpointError(ZfuncError, ValueError):
     """A checkpoint that is damaged, incomplete, or of another model.
 

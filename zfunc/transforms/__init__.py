@@ -9,4 +9,8 @@ from .partition import partition as partition
 from .precision import Policy as Policy
 from .precision import precision as precision
 from .precision import skip_nonfinite as skip_nonfinite
+from .recovery import Decision as Decision
+from .recovery import Recovery as Recovery
+from .recovery import Run as Run
+from .recovery import recovering as recovering
 from .remat import remat as remat
