@@ -251,8 +251,8 @@ def _accepted(
 def _rolled_back(run: Run, reason: str, policy: Recovery) -> Run:
     if run.num_rollbacks >= policy.max_rollbacks:
         raise RecoveryError(
-            f"step {int(run.state.step)}: {reason}; went back {run.num_rollbacks} times "
-            "without getting any further"
+            f"step {int(run.state.step)}: {reason}; went back {run.num_rollbacks} "
+            "times without getting any further"
         )
     snapshots = (*run.past, Snapshot(run.state, run.losses))
     kept = max(len(snapshots) - policy.rollback_steps, 0)
