@@ -249,6 +249,15 @@ def test_what_bfloat16_has_is_not_moved_and_not_finite_stays():
         assert new[5].isnan()
 
 
+def test_a_nan_of_any_bits_stays_one_and_an_infinite_parameter_infinite():
+    """The bits of some NaN are one less than those of 0 or of -0."""
+    last = torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(torch.float32)
+    for key in range(20):
+        assert rounded(torch.ones(2, dtype=BF16), last, key).isnan().all()
+        p = torch.tensor([float("inf"), float("-inf")], dtype=BF16)
+        assert torch.equal(rounded(p, torch.ones(2), key), p)
+
+
 def test_the_mean_over_keys_is_the_sum():
     p, keys = normal(64).to(BF16), 2000
     u = 0.01 * normal(64, seed=1) * p.float().abs()
