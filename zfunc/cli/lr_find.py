@@ -222,7 +222,7 @@ def _sweep(request: Request, config: TrainConfig, job: Job) -> int:
     curve = measure(config, request.sweep, job, tell)
     read = read_off(curve)
     write(request.out, curve, read, config, request.sweep)
-    for line in said(curve, read, request.sweep):
+    for line in said(curve, read):
         console.print(line, soft_wrap=True)
     console.print(
         f"written to {request.out}: {JSON_NAME}, {PNG_NAME}",
@@ -265,22 +265,22 @@ def write(
         raise UsageError([Problem(f"--out {out}", why)]) from error
 
 
-def said(curve: Curve, read: Suggestion, sweep: Sweep) -> Iterator[str]:
+def said(curve: Curve, read: Suggestion) -> Iterator[str]:
     r"""What was found, in a few lines.
 
     Args:
       curve: What was measured.
       read: Its suggestion.
-      sweep: Of the rates.
 
     Examples:
       >>> curve = Curve((Point(1, 0.1, 2.0, 2.0), Point(2, 0.2, 3.0, 2.5)), None)
-      >>> print(*said(curve, read_off(curve), Sweep()), sep="\n")
-      the loss did not diverge up to --max-lr 10
+      >>> print(*said(curve, read_off(curve)), sep="\n")
+      the loss did not diverge up to a learning rate of 0.2
       the loss did not fall: try a lower --min-lr, or more --steps
     """
     if curve.diverged is None:
-        yield f"the loss did not diverge up to --max-lr {sweep.max_lr:g}"
+        lr = curve.points[-1].lr
+        yield f"the loss did not diverge up to a learning rate of {lr:.3g}"
     else:
         step, lr = curve.diverged
         yield f"the loss diverged at step {step}, at a learning rate of {lr:.3g}"

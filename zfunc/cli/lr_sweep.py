@@ -163,7 +163,7 @@ def _swept(
     loader: Loader,
     tell: Callable[[Point], None],
 ) -> Curve:
-    schedule = sweep.schedule(config.steps)
+    schedule, beta = sweep.schedule(config.steps), sweep.smoothing
     step_fn = _compiled(config, optimizer(config, schedule))
     state, cursor = first_state(config, mesh), Cursor(seed=config.seed)
     losses: list[float] = []
@@ -171,18 +171,33 @@ def _swept(
     for step in range(1, config.steps + 1):
         batch, cursor = loader.next(cursor)
         state = step_fn(state, on_device(batch, mesh))
-        losses.append(float(state.metrics.loss))
-        rate, mean = float(schedule(step - 1)), smoothed(losses, sweep.smoothing)
-        if has_diverged(points, losses[-1], mean, sweep.diverged_by):
+        loss, skipped = _read(state.metrics)
+        if skipped and math.isfinite(loss):
+            continue  # float16 looks for its loss scale: no update, and no new rate
+        rate, mean = float(schedule(len(points))), smoothed([*losses, loss], beta)
+        if has_diverged(points, loss, mean, sweep.diverged_by):
             if not points:
                 raise UsageError(
-                    f"the loss of the first step is {losses[-1]}, before any update: "
-                    "the model cannot be trained with these options"
+                    f"the loss of the first step is {loss}, before any update: the "
+                    "model cannot be trained with these options"
                 )
             return Curve(tuple(points), (step, rate))
-        points.append(Point(step, rate, losses[-1], mean))
+        losses.append(loss)
+        points.append(Point(step, rate, loss, mean))
         tell(points[-1])
+    if not points:
+        raise UsageError(
+            f"the gradients of all {config.steps} steps overflowed: give more --steps, "
+            "in which the loss scale can fall, or --precision bf16"
+        )
     return Curve(tuple(points), None)
+
+
+def _read(metrics: zf.Metrics) -> tuple[float, bool]:
+    """The loss, and whether the update was left out; waits for the device once."""
+    numbers = torch.stack([metrics.loss.double(), metrics.skipped.double()])
+    loss, skipped = numbers.tolist()
+    return loss, bool(skipped)
 
 
 def _compiled(

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_a_linear_sweep_that_does_not_diverge(text, tmp_path):
     (tmp_path / JSON_NAME).write_text("older")
     done = find(*SMALL, *words, "--data", text, "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    assert "did not diverge up to --max-lr 0.02" in done.output
+    assert "did not diverge up to a learning rate of 0.02" in done.output
     found = json.loads((tmp_path / JSON_NAME).read_text())
     assert found["diverged"] is None
     rates = torch.tensor([point["lr"] for point in found["points"]])
@@ -131,6 +132,18 @@ def test_the_losses_are_those_of_zfunc_train(text, tmp_path, monkeypatch):
     lines = (run / "metrics.csv").read_text().splitlines()[1:]
     trained = [float(line.split(",")[1]) for line in lines]
     assert [point["loss"] for point in found["points"]] == trained
+
+
+def test_a_step_that_float16_skips_has_no_rate(text, tmp_path):
+    words = ("--precision=fp16", "--steps=12", "--max-lr=0.01", "--data", text)
+    done = find(*SMALL, *words, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    points = json.loads((tmp_path / JSON_NAME).read_text())["points"]
+    schedule = Sweep(max_lr=0.01).schedule(12)
+    rates = [float(schedule(t)) for t in range(len(points))]
+    assert [point["lr"] for point in points] == rates
+    assert points[0]["step"] > 1
+    assert len(points) >= 5
 
 
 def test_the_optimizer_is_that_of_zfunc_train():
@@ -172,14 +185,22 @@ def curve(losses, rates, diverged=None):
 
 
 def test_the_steepest_rate_of_a_logistic_fall_is_its_middle():
-    for rates in (
-        [1e-5 * 10 ** (i / 20) for i in range(120)],
-        [1e-4 + 1e-3 * i for i in range(100)],
+    for rates, rel in (
+        ([1e-5 * 10 ** (i / 40) for i in range(240)], 0.03),
+        ([1e-4 + 1e-3 * i for i in range(100)], 0.4),
     ):
         losses = [5 - 2 / (1 + (3e-3 / r) ** 2) for r in rates]
         read = suggestion(curve(losses, rates))
-        assert read.steepest_lr == pytest.approx(3e-3, rel=0.4)
+        assert read.steepest_lr == pytest.approx(3e-3, rel=rel)
         assert read.lr == read.steepest_lr
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_moves_the_steepest_rate_by_a_factor_of_two_or_so(seed):
+    noise = random.Random(seed)
+    rates = [1e-5 * 10 ** (i / 40) for i in range(240)]
+    losses = [5 - 2 / (1 + 3e-3 / r) + noise.gauss(0, 0.05) for r in rates]
+    assert 3e-3 / 2.5 < suggestion(curve(losses, rates)).steepest_lr < 3e-3 * 2.5
 
 
 def test_a_tenth_of_the_last_rate_bounds_the_suggestion():
@@ -314,22 +335,40 @@ def test_a_disk_that_refuses_leaves_the_older_files(text, tmp_path, monkeypatch)
     assert (tmp_path / JSON_NAME).read_text() == "older"
 
 
-def test_a_first_loss_that_is_not_finite_is_said(text, tmp_path, monkeypatch):
-    nan = torch.tensor(math.nan)
-    step = lr_sweep._compiled
+@pytest.fixture
+def metrics(monkeypatch):
+    """Have every step report other metrics."""
+    compiled = lr_sweep._compiled
 
-    def broken(config, tx):
-        inner = step(config, tx)
+    def report(**changes):
+        def step_of(config, tx):
+            inner = compiled(config, tx)
 
-        def run(state, batch):
-            after = inner(state, batch)
-            return after.replace(metrics=dataclasses.replace(after.metrics, loss=nan))
+            def step(state, batch):
+                after = inner(state, batch)
+                return after.replace(
+                    metrics=dataclasses.replace(after.metrics, **changes)
+                )
 
-        return run
+            return step
 
-    monkeypatch.setattr(lr_sweep, "_compiled", broken)
+        monkeypatch.setattr(lr_sweep, "_compiled", step_of)
+
+    return report
+
+
+def test_a_first_loss_that_is_not_finite_is_said(text, tmp_path, metrics):
+    metrics(loss=torch.tensor(math.nan))
     error = refused(*SMALL, "--data", text, "--out", tmp_path / "out")
     assert "the loss of the first step is nan, before any update" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_overflows_is_said(text, tmp_path, metrics):
+    metrics(skipped=torch.tensor(1))
+    words = ("--steps=10", "--data", text, "--out", tmp_path / "out")
+    error = refused(*SMALL, *words)
+    assert "the gradients of all 10 steps overflowed: give more --steps" in error
     assert not (tmp_path / "out").exists()
 
 

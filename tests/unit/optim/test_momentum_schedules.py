@@ -34,6 +34,7 @@ def start(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     return {
         "b": torch.randn(3, generator=generator, dtype=torch.float64).to(dtype),
+        "s": torch.randn((), generator=generator, dtype=torch.float64).to(dtype),
         "w": torch.randn(5, 3, generator=generator, dtype=torch.float64).to(dtype),
     }
 
@@ -122,6 +123,21 @@ def test_a_constant_schedule_is_the_constant(dtype):
         for a, b in zip(ours(number, dtype), ours(schedule, dtype), strict=True):
             assert a.dtype == b.dtype == dtype
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "tx", [scale_by_adam(b1=CYCLE.momentum), trace(CYCLE.momentum, nesterov=True)]
+)
+def test_moments_keep_structure_and_dtypes_also_of_scalars(tx, dtype):
+    params = start(dtype)
+    moments = tx.init(params)
+    updates, after = tx.update(params, moments, params)
+    assert tree_structure(after) == tree_structure(moments)
+    for a, b in zip(tree_leaves(after), tree_leaves(moments), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {u.dtype for u in tree_leaves(updates)} == {wide}
 
 
 @pytest.mark.parametrize(
