@@ -99,13 +99,23 @@ def test_whatever_dim_of_each_leaf_is_sharded(case, data):
 
 
 GRID = {"data": 2, "tensor": 3}
-SHAPES = {"both": (5, 4), "stack": (3, 4, 7), "twin": (5, 4), "v": (5,), "w": (6, 1)}
+SHAPES = {
+    "both": (5, 4),
+    "crossed": (5, 4),
+    "stack": (3, 4, 7),
+    "twin": (5, 4),
+    "v": (5,),
+    "w": (6, 1),
+    "whole": (5, 4),
+}
 SPECS = {
     "both": zf.P("data", "tensor"),
+    "crossed": zf.P("tensor", "data"),
     "stack": zf.P("tensor", None, "data"),
     "twin": zf.P("data", "tensor"),
     "v": zf.P("tensor"),
     "w": zf.P(None, "data"),
+    "whole": zf.P(),
 }
 
 
