@@ -56,7 +56,7 @@ def test_l6_resuming_is_not_stopping(name, data, cut):
 
 
 @every_optimizer
-@examples(0.02)
+@examples(0.01)
 @given(data=st.data())
 def test_l7_donating_changes_no_bit(name, data):
     l7.check_simulated(data.draw(cases(optimizer=name)))
@@ -72,7 +72,7 @@ def test_l11_moments_of_pieces_are_pieces_of_moments(name, data, dtype):
 
 
 @every_optimizer
-@examples(0.02)
+@examples(0.01)
 @given(data=st.data())
 def test_l15_jitted_is_eager(name, data):
     case = data.draw(cases(optimizer=name, mesh_shapes=l15.ONE_RANK))

@@ -77,7 +77,7 @@ def check(tx, *reference, **options):
     leafwise.assert_same(averages(tx), xs, atol=1e-10)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     lr=st.floats(0, 0.2),
     b1=st.floats(0.05, 0.99),
