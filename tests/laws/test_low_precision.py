@@ -18,7 +18,8 @@ import zfunc as zf
 from tests.laws.cases import examples
 from zfunc.testing import Recipe, simulate, split_batch
 
-U_BF16, U_F32 = 2.0**-8, 2.0**-24
+U_BF16, U_F16, U_F32 = 2.0**-8, 2.0**-11, 2.0**-24
+TINY_F16 = 2.0**-25  # the most that a number below the normal ones is rounded by
 
 
 def gamma(m, u):
@@ -74,7 +75,26 @@ def exact(problem):
 
 
 def check_compute(problem):
-    r"""bfloat16 arithmetic, float32 storage, wire and optimizer.
+    """bfloat16 arithmetic, float32 storage, wire and optimizer."""
+    _check_within(problem, zf.precision("bf16"), U_BF16, 0.0)
+
+
+def check_float16(problem):
+    """float16 arithmetic with a loss scale of 256, the rest as for bfloat16.
+
+    Numbers below 2^-14 are rounded by up to 2^-25 instead of relatively: each of the
+    D + 6 roundings of a residual and its products, times the factors that follow it,
+    none of which is more than 1 + max|w| or 1 + max|x|, and N of the sum.
+    """
+    dim, n = len(problem.params), len(problem.batch["y"])
+    factors = (1 + problem.params.abs().max()) * (1 + problem.batch["x"].abs().max())
+    tiny = TINY_F16 * float((dim + 6 + n) * factors**2)
+    policy = zf.precision("fp16", loss_scale=256.0)
+    _check_within(problem, policy, U_F16, tiny)
+
+
+def _check_within(problem, policy, u, tiny):
+    r"""The bound of ``n + D + 6`` roundings by ``u``, and ``tiny`` besides.
 
     Per sample: x, w, y are rounded (1 each), their product (1), the sum of D products
     and y (D): each term of the residual carries at most D + 3 roundings. The gradient
@@ -84,10 +104,10 @@ def check_compute(problem):
     """
     gradient, size, x, n = exact(problem)
     dim = len(problem.params)
-    relative = gamma(dim + 6 + n, U_BF16) + gamma(n + 2, U_F32)
+    relative = gamma(dim + 6 + n, u) + gamma(n + 2, U_F32)
     # (The one rounding counted in excess covers the product of the two.)
-    bound = relative * (size @ x) / n
-    got, params = trained(problem, *problem.recipe.transforms(), zf.precision("bf16"))
+    bound = relative * (size @ x) / n + tiny
+    got, params = trained(problem, *problem.recipe.transforms(), policy)
     assert ((got - gradient).abs() <= bound).all()
     # p - 0.1 g is two roundings in float32; 0.1 is not a float32 either.
     want = problem.params.double() - 0.1 * gradient
@@ -129,6 +149,12 @@ def check_gather(problem):
 @given(problems())
 def test_bfloat16_arithmetic(problem):
     check_compute(problem)
+
+
+@examples(0.5)
+@given(problems())
+def test_float16_arithmetic_with_a_loss_scale(problem):
+    check_float16(problem)
 
 
 @examples(0.5)
