@@ -307,7 +307,7 @@ def donation_forgets_the_last_group(patch):
 
 
 def donation_writes_in_place(patch):
-    def in_place(tx, grads, owned):
+    def in_place(tx, grads, owned, finite=None):
         params, moments = owned
         updates, moments = tx.update(grads, moments, params)
         return tree_map(torch.Tensor.add_, params, updates), moments

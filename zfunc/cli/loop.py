@@ -142,7 +142,7 @@ class _Clock:
 
     def tell(self, pending: _Measured) -> int:
         """Read a step, tell the observer; the signal to stop on, if any."""
-        loss, grad_norm, skipped = pending.numbers.tolist()
+        loss, grad_norm, skipped, skipped_before = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
         config = self._training.config
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -157,7 +157,7 @@ class _Clock:
             step=pending.step,
             loss=loss,
             grad_norm=grad_norm,
-            lr=float(self._schedule(pending.step - 1)),
+            lr=float(self._schedule(pending.step - 1 - int(skipped_before))),
             tokens=tokens * pending.step,
             tokens_per_s=round(tokens / (pending.time_s - self._times[-1]), 1),
             elapsed_s=round(pending.time_s - self._start_s, 3),
@@ -179,7 +179,10 @@ class _Clock:
 def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Measured:
     """Start to gather a step's numbers; nothing is waited for."""
     metrics = state.metrics
-    measured = (metrics.loss, metrics.grad_norm, metrics.skipped)
+    skipped = torch.zeros_like(metrics.skipped)
+    if state.loss_scale is not None:
+        skipped = state.loss_scale.skipped_steps - metrics.skipped
+    measured = (metrics.loss, metrics.grad_norm, metrics.skipped, skipped)
     numbers = torch.stack([x.double() for x in measured])
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = torch.tensor([[float(signal), float(peak_bytes)]], dtype=torch.float64)
