@@ -144,5 +144,5 @@ def test_a_recipe_prints_as_what_makes_it(case):
 
 def test_a_recipe_refuses_unknown_optimizers():
     with pytest.raises(ValueError, match="'sgd', 'momentum'"):
-        Recipe(optimizer="lion")
+        Recipe(optimizer="shampoo")
     assert {Recipe(optimizer=name).optimizer for name in OPTIMIZERS} == set(OPTIMIZERS)
