@@ -30,6 +30,7 @@ from tests.laws import test_l7_donate as l7
 from tests.laws import test_l10_round_trip as l10
 from tests.laws import test_l11_moments as l11
 from tests.laws import test_l15_jit as l15
+from tests.laws import test_loss_scale as scale
 from tests.laws import test_low_precision as low
 from tests.laws import test_rounding as rounding
 from tests.laws import test_same_bits as same
@@ -157,6 +158,16 @@ LAWS = {
     "fresh keys": Law(
         "a key per step and sample", (st.integers(0, 9),), keys.check_fresh
     ),
+    "scale": Law(
+        "a loss scale of a power of two is invisible",
+        (cases(), scale.POWERS),
+        scale.check_power,
+    ),
+    "overflow": Law(
+        "a step that overflows is no step",
+        (scale.SCALED_BATCHES, st.integers(0, 1)),
+        scale.check_skipped,
+    ),
     "same bits": Law(
         "the same bits on any number of ranks",
         (same.NAMES, same.STAGES, same.PLACES, same.DTYPES),
@@ -235,6 +246,9 @@ MUTANTS = (
     Mutant("keys", patches.no_rank_in_the_sample_index),
     Mutant("keys", patches.microbatch_samples_counted_from_0),
     Mutant("fresh keys", patches.one_key_for_all_steps),
+    Mutant("scale", patches.scale_left_in_the_gradients),
+    Mutant("overflow", patches.update_kept_after_an_overflow),
+    Mutant("overflow", patches.overflow_judged_by_each_rank),
     Mutant("same bits", patches.ranks_added_up_in_a_chain),
     Mutant("same bits", patches.virtual_shards_added_up_in_a_chain),
     Mutant("same bits", patches.norm_by_pieces_in_a_deterministic_clip),

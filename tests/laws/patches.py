@@ -286,6 +286,31 @@ def norm_by_pieces_in_a_deterministic_clip(patch):
     patch.setattr(clip, "tree_ordered_norm", zf.global_norm)
 
 
+def update_kept_after_an_overflow(patch):
+    patch.setattr(update, "_chosen", lambda finite, new, old: new)
+
+
+def overflow_judged_by_each_rank(patch):
+    def local(tree):
+        return sum(x.square().sum() for x in tree_leaves(tree)).sqrt()
+
+    patch.setattr(step, "global_norm", local)
+
+
+def scale_left_in_the_gradients(patch):
+    """Of a loss scale the step divides by its root only."""
+    gradients = step.TrainStep.gradients
+
+    def wrong(self, state, batch):
+        metrics, grads, finite = gradients(self, state, batch)
+        if finite is not None:
+            root = self.loss_scale_of(state).scale.sqrt()
+            grads = tree_map(lambda g: g * root.to(g.dtype), grads)
+        return metrics, grads, finite
+
+    patch.setattr(step.TrainStep, "gradients", wrong)
+
+
 def moments_in_another_leaf_order(patch):
     def reversed_zeros(params):
         leaves, spec = tree_flatten(params)
