@@ -249,6 +249,13 @@ def _hash_of(tree: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _is_sealed(tree: dict[str, Any]) -> bool:
+    try:
+        return bool(tree.get("manifest_sha256") == _hash_of(tree))
+    except RecursionError:  # deeper than what was read: nothing that was written
+        return False
+
+
 def dump_manifest(manifest: Manifest) -> bytes:
     """The text of a manifest; equal manifests give equal bytes."""
     return manifest.model_dump_json(indent=1).encode() + b"\n"
@@ -257,44 +264,69 @@ def dump_manifest(manifest: Manifest) -> bytes:
 def parse_manifest(text: bytes, where: Path) -> Manifest:
     """The manifest in ``text``, which was read from ``where``.
 
+    Its hash is compared first: what an accident has changed goes no further.
+
     Raises:
       DamagedError: it is not one, with the first fields that are wrong.
+      OtherSchemaError: another version of zfunc wrote it.
     """
-    try:
-        version = _Version.model_validate_json(text).schema_version
-        if version != SCHEMA_VERSION:
-            raise OtherSchemaError(
-                f"{where}: schema version {version}, expected {SCHEMA_VERSION}: "
-                "another version of zfunc wrote it. Read it with that version."
-            )
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        lines = [f"{where}: not a manifest ({error.error_count()} errors):"]
-        for item in error.errors(include_url=False, include_context=False)[:8]:
-            at = ".".join(map(str, item["loc"]))
-            lines.append(f"  {at + ': ' if at else ''}{item['msg'][:400]}")
-        lines.append("It is damaged: restore another step (see list_steps).")
-        raise DamagedError("\n".join(lines)) from None
+    tree = _json(text, where)
+    version = tree.get("schema_version")
+    if type(version) is not int:
+        raise _not_one(where, [f"schema_version: {version!r:.40} is not an integer"])
+    if version != SCHEMA_VERSION:
+        raise OtherSchemaError(
+            f"{where}: schema version {version}, expected {SCHEMA_VERSION}: "
+            "another version of zfunc wrote it. Read it with that version."
+        )
     if not text.endswith(b"\n"):
         raise DamagedError(f"{where}: its last byte is missing. It is damaged.")
-    try:
-        intact = manifest.manifest_sha256 == _hash_of(json.loads(text))
-    except ValueError:  # an integer that Python does not read
-        intact = False
-    if not intact:
+    if not _is_sealed(tree):
         raise DamagedError(
             f"{where}: its manifest_sha256 is not that of its contents. It is damaged: "
             "restore another step (see list_steps)."
         )
-    return manifest
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_context=False)
+        lines = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'][:400]}".removeprefix(": ")
+            for item in items
+        ]
+        raise _not_one(where, lines) from None
 
 
-class _Version(BaseModel):
-    """The one field that every version of a manifest has."""
+def _json(text: bytes, where: Path) -> dict[str, Any]:
+    """The JSON object in ``text``, each key once."""
+    try:
+        tree = json.loads(
+            text.decode(), object_pairs_hook=_each_once, parse_constant=_refuse
+        )
+    except (ValueError, RecursionError) as error:
+        raise _not_one(where, [f"{error}"[:400]]) from None
+    if not isinstance(tree, dict):
+        raise _not_one(where, [f"a {type(tree).__name__}, expected an object"])
+    return tree
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    schema_version: int
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return tree
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _not_one(where: Path, lines: list[str]) -> DamagedError:
+    shown = "".join(f"\n  {line}" for line in lines[:8])
+    return DamagedError(
+        f"{where}: not a manifest ({len(lines)} errors):{shown}\n"
+        "It is damaged: restore another step (see list_steps)."
+    )
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, bytes]:

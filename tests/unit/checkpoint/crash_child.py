@@ -24,9 +24,9 @@ import torch
 
 import zfunc as zf
 from tests.unit.checkpoint.states import contents
-from zfunc.checkpoint import latest, list_steps, restore, save
+from zfunc.checkpoint import Keep, latest, list_steps, restore, save
 
-TRACED = ("checkpoint/save.py", "checkpoint/files.py")
+TRACED = ("checkpoint/save.py", "checkpoint/files.py", "checkpoint/keep.py")
 OLD, NEW = 1, 2
 KILLED, DONE = 9, 0
 
@@ -98,7 +98,7 @@ def tracer(line, die):
     return trace
 
 
-def child(root, line, report, ignored):
+def child(root, line, report, ignored, keep):
     """Save in a fork that dies; its exit code."""
     pid = os.fork()
     if pid:
@@ -107,7 +107,7 @@ def child(root, line, report, ignored):
         disk = Disk(root, ignored)
         os.fsync, os.rename = disk.fsync, disk.rename
         sys.settrace(tracer(line, lambda: disk.die(KILLED, report)))
-        save(root, made(seed=NEW, step=NEW), meta={"of": NEW})
+        save(root, made(seed=NEW, step=NEW), meta={"of": NEW}, keep=keep)
         sys.settrace(None)
         disk.die(DONE, report)  # after save has returned, the machine may die at once
     finally:
@@ -115,8 +115,10 @@ def child(root, line, report, ignored):
 
 
 def what_is_left(root, like, expected):
-    """The newest step, "old" or "new", or what is wrong."""
+    """The newest step, "old" or "new", or what is wrong with it or an older one."""
     try:
+        for step in list_steps(root):
+            restore(root / f"step-{step:08d}", like)
         found = latest(root)
         step = None if found is None else int(found.name.removeprefix("step-"))
         got = restore(root, like)
@@ -129,31 +131,33 @@ def what_is_left(root, like, expected):
     return "old" if step == OLD else "new"
 
 
-def saved_again(root):
+def saved_again(root, keep):
     """What is wrong with the next save; "" if it works and cleans up."""
     try:
-        save(root, made(seed=NEW, step=NEW), meta={"of": NEW})
+        save(root, made(seed=NEW, step=NEW), meta={"of": NEW}, keep=keep)
     except zf.CheckpointError as error:
         return f"cannot go on: {error}"
     names = sorted(path.name for path in root.iterdir())
-    return "" if names == ["step-00000001", "step-00000002"] else f"left over: {names}"
+    left = ["step-00000001", "step-00000002"][keep is not None :]
+    return "" if names == left else f"left over: {names}"
 
 
-def at_every_line(root, *, ignored=None, stride=1):
+def at_every_line(root, *, ignored=None, stride=1, keep=None):
     """What a death at each line leaves, of the process and then of the machine."""
     root.mkdir()
     report = root.with_name(f"{root.name}.report")
     like = made(seed=9)
     expected = {s: contents(made(seed=s, step=s)) for s in (OLD, NEW)}
-    save(root, made(seed=OLD, step=OLD), meta={"of": OLD})
     results, line, code = [], 1, KILLED
     gc.freeze()
     while code == KILLED:
-        code = child(root, line, report, ignored)
+        if latest(root) is None:
+            save(root, made(seed=OLD, step=OLD), meta={"of": OLD})
+        code = child(root, line, report, ignored, keep)
         process = what_is_left(root, like, expected)
         lose_power(root, report)
         power = what_is_left(root, like, expected)
-        again = saved_again(root)
+        again = saved_again(root, keep)
         results.append([process, power, again if code in (KILLED, DONE) else str(code)])
         shutil.rmtree(root / "step-00000002", ignore_errors=True)
         line += stride
@@ -190,7 +194,8 @@ def main(root):
     torch.set_num_threads(1)
     kinds = (".safetensors", ".json", "directory")
     results = {
-        "lines": at_every_line(root / "lines"),
+        "lines": at_every_line(root / "lines", stride=4),
+        "keep": at_every_line(root / "keep", keep=Keep(last=1)),
         "random": at_random_times(root / "random", num_trials=30),
         # What these tests find in a save that forgets to fsync something.
         "mutants": {

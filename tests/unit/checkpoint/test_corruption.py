@@ -211,7 +211,9 @@ def test_damage_in_the_newest_step_does_not_restore_an_older_one(tmp_path):
         b"[]",
         b"null",
         b"{}",
-        b'{"schema_version": 1}',
+        b'{"schema_version": 1}\n{}',
+        b'{"schema_version": 1, "step": 3, "step": 4}',
+        b'{"schema_version": 1, "step": NaN}',
         b'{"schema_version": 1, "step": 3}\xff',
         b"\xff\xfe{}",
         b"[" * 100_000,
@@ -419,6 +421,70 @@ def test_a_manifest_too_long_is_not_read(directory):
     with open(directory / MANIFEST, "r+b") as file:
         file.truncate(2**40)  # sparse
     refused(directory, rf"{MANIFEST}: {2**40} bytes, a manifest has at most")
+
+
+# --- memory --------------------------------------------------------------------------
+
+
+def peak_bytes(reset=False):
+    """The largest memory of this process since it was reset, as the kernel counts."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+def sparse(path, size_bytes=2**40):
+    with open(path, "r+b") as file:
+        file.truncate(size_bytes)
+
+
+def claims_terabytes(path):
+    """A safetensors header of 2**40 bytes, in a file that has them."""
+    path.write_bytes((2**40).to_bytes(8, "little") + b'{"a":')
+    sparse(path)
+
+
+def terabytes_of_params(directory):
+    def change(manifest):
+        leaf(manifest).update(global_shape=[2**42, 4], local_shape=[2**41, 4])
+
+    edit_manifest(directory, change)
+
+
+def many_ranks(directory):
+    edit_manifest(directory, lambda m: m.update(mesh=[["data", 2**31 - 1]]))
+
+
+HOSTILE = {
+    "sparse manifest": lambda d: sparse(d / MANIFEST),
+    "sparse data": lambda d: sparse(d / FILES[0]),
+    "header of terabytes": lambda d: claims_terabytes(d / FILES[0]),
+    "leaf of terabytes": terabytes_of_params,
+    "many ranks": many_ranks,
+    "nested lists": lambda d: (d / MANIFEST).write_bytes(b"[" * 2**22),
+    "nested dicts": lambda d: (d / MANIFEST).write_bytes(b'{"a":' * 2**20),
+    "nested cursor": lambda d: (d / MANIFEST).write_bytes(
+        b'{"schema_version": 1, "cursor": ' + b"[" * 2**21 + b"]" * 2**21 + b"}\n"
+    ),
+    "long list": lambda d: (d / MANIFEST).write_bytes(
+        b'{"schema_version": 1, "cursor": [' + b"0," * 2**20 + b"0]}\n"
+    ),
+    "long sealed list": lambda d: edit_manifest(
+        d, lambda m: m.update(cursor=[0] * 2**20, extra=1)
+    ),
+    "long path": lambda d: edit_manifest(d, lambda m: leaf(m).update(path="x" * 2**22)),
+}
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_memory_is_bounded_by_what_is_read(directory, kind):
+    """Nothing that a file claims is believed: some copies of 4 MiB are the most."""
+    HOSTILE[kind](directory)
+    start = peak_bytes(reset=True)
+    refused(directory, re.escape(str(directory)))
+    assert peak_bytes() - start < 200 * 2**20
 
 
 def test_a_deep_structure_of_metrics(directory):
