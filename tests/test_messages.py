@@ -497,8 +497,8 @@ OTHERS = {
         lambda: zf.precision("fp8"),
         ValueError,
         "precision: cannot read 'compute=fp8' in 'compute=fp8'; expected 'bf16', "
-        "'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE one of bf16, fp16, f32, "
-        "f64.",
+        "'fp16', 'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE one of bf16, fp16, "
+        "f32, f64.",
     ),
     "a policy of integers": Wrong(
         lambda: zf.Policy(torch.int32),
@@ -514,7 +514,7 @@ OTHERS = {
     "a loss scale of 0": Wrong(
         lambda: zf.precision("fp16", loss_scale=0),
         ValueError,
-        "StaticLossScale: scale is 0.0, expected more than 0 and at most 2**127; type "
+        "StaticLossScale: scale is 0.0, expected more than 0 and at most 2**100; type "
         "for example scale=1.0",
     ),
     "a window of 0": Wrong(

@@ -287,7 +287,7 @@ def norm_by_pieces_in_a_deterministic_clip(patch):
 
 
 def update_kept_after_an_overflow(patch):
-    patch.setattr(update, "_chosen", lambda finite, new, old: new)
+    patch.setattr(update, "_chosen", lambda finite, owned, old: owned.pop())
 
 
 def overflow_judged_by_each_rank(patch):

@@ -27,6 +27,9 @@ from zfunc.cli.program import compiled_step, schedule_of
 from zfunc.cli.verify import on_device
 from zfunc.data import Cursor, Loader
 
+# Of the dynamic scale in float16; an overflow there does not go away.
+SMALLEST_SCALE = zf.DynamicLossScale().min_loss_scale
+
 
 class Progress(NamedTuple):
     """Where a training is: all that a checkpoint holds."""
@@ -137,15 +140,19 @@ class _Clock:
     def __init__(self, training: Training, observer: Observer) -> None:
         self._training, self._observer = training, observer
         self._schedule = schedule_of(training.config)
+        self._stuck = deque([False], maxlen=1)  # at the last step
         now = time.perf_counter()
         self._start_s, self._times = now - observer.elapsed_s, deque([now], maxlen=1)
 
     def tell(self, pending: _Measured) -> int:
         """Read a step, tell the observer; the signal to stop on, if any."""
-        loss, grad_norm, skipped, skipped_before = pending.numbers.tolist()
+        loss, grad_norm, skipped, skipped_before, scale = pending.numbers.tolist()
         signal, peak_bytes = pending.ranks.amax(dim=0).tolist()
         config = self._training.config
-        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        is_stuck = bool(skipped) and scale <= SMALLEST_SCALE
+        was_stuck, self._stuck[0] = self._stuck[0], is_stuck
+        overflowed = skipped and not (is_stuck and was_stuck)
+        if not (math.isfinite(loss) and (overflowed or math.isfinite(grad_norm))):
             raise UsageError(
                 f"the loss is {loss} and the gradient's norm {grad_norm} at step "
                 f"{pending.step}: the training diverged. "
@@ -179,10 +186,11 @@ class _Clock:
 def _measured(step: int, state: zf.TrainState, mesh: zf.Mesh, signal: int) -> _Measured:
     """Start to gather a step's numbers; nothing is waited for."""
     metrics = state.metrics
-    skipped = torch.zeros_like(metrics.skipped)
+    skipped, scale = torch.zeros_like(metrics.skipped), torch.ones_like(metrics.loss)
     if state.loss_scale is not None:
         skipped = state.loss_scale.skipped_steps - metrics.skipped
-    measured = (metrics.loss, metrics.grad_norm, metrics.skipped, skipped)
+        scale = state.loss_scale.scale
+    measured = (metrics.loss, metrics.grad_norm, metrics.skipped, skipped, scale)
     numbers = torch.stack([x.double() for x in measured])
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     mine = torch.tensor([[float(signal), float(peak_bytes)]], dtype=torch.float64)

@@ -56,7 +56,7 @@ def read_rows(path: Path, last_step: int | None = None) -> list[Row]:
 def _parsed(fields: list[str]) -> Row | None:
     try:
         step, loss, grad_norm, lr, tokens, *rest = fields
-        *rest, skipped = rest
+        *rest, skipped = rest if len(rest) > 3 else (*rest, "0")  # an older file
         rate, elapsed_s, peak_rss_mb = map(float, rest)
         measured = (rate, elapsed_s, peak_rss_mb, int(skipped))
         return Row(

@@ -150,9 +150,10 @@ class TrainStep(NamedTuple):
 
     def loss_scale_of(self, state: TrainState) -> Any:
         """The state's loss scale; at the first step, a new one; None without a rule."""
-        if self.scaling is None or state.loss_scale is not None:
-            return state.loss_scale if self.scaling is not None else None
-        return self.scaling.init(state.step)
+        rule, scale = self.scaling, state.loss_scale
+        if rule is None:
+            return None
+        return rule.init(state.step) if scale is None else rule.entered(scale)
 
     def advanced(
         self,

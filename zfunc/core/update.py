@@ -32,14 +32,28 @@ def pure_update(
     Where ``finite`` is given and false, the parameters and moments are the old ones.
     """
     updates, after = tx.update(grads, moments, params)
-    stepped = tree_map(added, params, updates)
-    return _chosen(finite, stepped, params), _chosen(finite, after, moments)
+
+    def stepped(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        new = added(p, u)
+        return new if finite is None else torch.where(finite, new, p)
+
+    params = tree_map(stepped, params, updates)
+    del updates
+    owned = [after]
+    del after
+    return params, _chosen(finite, owned, moments)
 
 
-def _chosen(finite: torch.Tensor | None, new: PyTree, old: PyTree) -> PyTree:
+def _chosen(finite: torch.Tensor | None, owned: list[PyTree], old: PyTree) -> PyTree:
+    """The new tree, which nobody else holds, or the old one; leaf by leaf."""
+    new = owned.pop()
     if finite is None:
         return new
-    return tree_map(lambda a, b: torch.where(finite, a, b), new, old)
+    leaves, spec = tree_flatten(new)
+    del new
+    for i, leaf in enumerate(tree_leaves(old)):
+        leaves[i] = torch.where(finite, leaves[i], leaf)
+    return tree_unflatten(spec, leaves)
 
 
 def consuming_update(
@@ -56,7 +70,7 @@ def consuming_update(
     if halves := getattr(tx, "halves", ()):
         first, rest, cut = halves
         updates, done = first.update(grads, moments[:cut], params)
-        done = _chosen(finite, done, moments[:cut])
+        done = _chosen(finite, [done], moments[:cut])
         owned = [params, moments[cut:]]
         del params, moments
         params, left = consuming_update(rest, updates, owned, finite)

@@ -130,7 +130,9 @@ def kahan(tx: GradientTransformation) -> GradientTransformation:
 
         return wanted, KahanMoments(inner, tree_map(lost, wanted, params))
 
-    return GradientTransformation(init, update, leafwise=tx.leafwise)
+    return GradientTransformation(
+        init, update, leafwise=tx.leafwise, deterministic=tx.deterministic
+    )
 
 
 @pytree
@@ -226,7 +228,9 @@ def stochastic_rounding(
         after = StochasticRoundingMoments(inner, moments.count + 1)
         return tree_unflatten(spec, chosen), after
 
-    return GradientTransformation(init, update, leafwise=tx.leafwise)
+    return GradientTransformation(
+        init, update, leafwise=tx.leafwise, deterministic=tx.deterministic
+    )
 
 
 def _towards(p: Tensor, u: Tensor, key: Tensor, node: Sharded | Tensor) -> Tensor:

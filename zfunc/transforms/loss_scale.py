@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zfunc.core.tree import pytree
 
-# The largest power of two of float32: a scale that grew to infinity could not shrink.
-_LARGEST: Final = 2.0**127
+# A scale that grew to infinity could not shrink; times a weight it has to be finite.
+_LARGEST: Final = 2.0**100
 
 
 @pytree
@@ -22,7 +22,8 @@ class LossScale:
     Attributes:
       scale: What the loss is multiplied by before it is differentiated; float32.
       clean_steps: Steps since the last overflow; int64.
-      hysteresis: Overflows that are left until one lowers the scale; int64.
+      hysteresis: Overflows that are left until one lowers the scale, 0 if the rule was
+        static; int64.
       skipped_steps: Updates that were left out so far; int64.
 
     Example:
@@ -53,6 +54,12 @@ class StaticLossScale:
     def init(self, like: Tensor) -> LossScale:
         """The state before the first step, on the device of ``like``."""
         return _initial(like, self.scale, 0)
+
+    def entered(self, before: LossScale) -> LossScale:
+        """The state at the beginning of a step, whatever the rule was until now."""
+        scale = torch.full_like(before.scale, self.scale)
+        none = torch.zeros_like(before.hysteresis)
+        return LossScale(scale, before.clean_steps, none, before.skipped_steps)
 
     def adjusted(self, before: LossScale, is_finite: Tensor) -> LossScale:
         """The state after a step whose gradients were finite or not."""
@@ -117,7 +124,7 @@ class DynamicLossScale:
     def __post_init__(self) -> None:
         name = "DynamicLossScale"
         for field, low, high in (
-            ("initial_scale_power", 0, 127),
+            ("initial_scale_power", 0, 100),
             ("loss_scale_window", 1, 2**62),
             ("hysteresis", 1, 2**62),
         ):
@@ -145,10 +152,21 @@ class DynamicLossScale:
         """The state before the first step, on the device of ``like``."""
         return _initial(like, 2.0**self.initial_scale_power, self.hysteresis)
 
+    def entered(self, before: LossScale) -> LossScale:
+        """The state at the beginning of a step; that of a start after a static rule."""
+        is_new = before.hysteresis == 0
+        first = 2.0**self.initial_scale_power
+        return LossScale(
+            torch.where(is_new, first, before.scale),
+            torch.where(is_new, 0, before.clean_steps),
+            torch.where(is_new, self.hysteresis, before.hysteresis),
+            before.skipped_steps,
+        )
+
     def adjusted(self, before: LossScale, is_finite: Tensor) -> LossScale:
         """The state after a step whose gradients were finite or not."""
         clean, left = before.clean_steps, before.hysteresis
-        lowers = ~is_finite & (left == 1)
+        lowers = ~is_finite & (left <= 1)
         grows = is_finite & (clean > 0) & (clean % self.loss_scale_window == 0)
         lower = (before.scale / 2).clamp(min=self.min_loss_scale)
         higher = (before.scale * 2).clamp(max=_LARGEST)
@@ -176,6 +194,6 @@ def _check_number(name: str, field: str, value: object) -> None:
         raise TypeError(f"{name}: {field} is a number, got {value!r}")
     if not 0 < value <= _LARGEST:
         raise ValueError(
-            f"{name}: {field} is {value}, expected more than 0 and at most 2**127; "
+            f"{name}: {field} is {value}, expected more than 0 and at most 2**100; "
             f"type for example {field}=1.0"
         )

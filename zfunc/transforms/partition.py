@@ -364,7 +364,7 @@ def _check_order_of(tx: Any) -> None:
     if not (getattr(tx, "leafwise", False) or getattr(tx, "deterministic", False)):
         raise ValueError(
             "partition: deterministic=True needs an optimizer whose bits do not depend "
-            "on the mesh, and this one adds up over leaves: type "
-            "zf.optim.clip_by_global_norm(c, deterministic=True), or leave "
-            "deterministic out"
+            "on the mesh, and a part of this one adds up over elements: of a clip type "
+            "zf.optim.clip_by_global_norm(c, deterministic=True); others, such as "
+            "lamb, muon and adafactor, have no such form yet: leave deterministic out"
         )

@@ -89,7 +89,8 @@ class Policy:
             if key not in ("compute", "output") or key in found or value not in _DTYPES:
                 raise ValueError(
                     f"precision: cannot read {part.strip()!r} in {text!r}; expected "
-                    "'bf16', 'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE one of "
+                    "'bf16', 'fp16', 'fp32' or 'compute=DTYPE,output=DTYPE' with DTYPE "
+                    "one of "
                     f"{', '.join(_DTYPES)}."
                 )
             found[key] = _DTYPES[value]
@@ -112,7 +113,7 @@ def precision(
 
     With a loss scale s, :math:`s \cdot t` is differentiated in the place of the total
     t, and gradients are divided by s after they were reduced, in float32. A step whose
-    gradients are not finite on some rank changes no parameter and no moment (so
+    gradients have no finite norm over all ranks changes no parameter and no moment (so
     schedules stand still) on any rank, and is counted in
     ``state.loss_scale.skipped_steps`` and ``state.metrics.skipped``; ``state.step``
     counts batches and goes on.

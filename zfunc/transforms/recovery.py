@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,10 @@ from zfunc.core.tree import PyTree, leaves_with_path, tree_leaves
 Action = Literal["skip", "stop", "rollback"]
 Step = Callable[[TrainState, PyTree], TrainState]
 _ACTIONS = ("skip", "stop", "rollback")
+_DONATES: Final = (
+    "recovering: this step uses up the state that it is given, which a policy may have "
+    "to go back to: type zf.jit(step, donate=False), or leave zf.donate out"
+)
 
 
 class Decision(NamedTuple):
@@ -84,9 +88,10 @@ class Recovery:
 
     Args:
       on_nonfinite: "skip" leaves the update out, "stop" raises, "rollback" goes back.
-      on_spike: The same for a loss above ``spike_factor`` times the median of the last
-        ``window`` losses.
-      spike_factor: More than 1; None: no loss is a jump.
+        (Overflows that a dynamic loss scale answers by a smaller one are skipped.)
+      on_spike: The same for a loss that is further above the median of the last
+        ``window`` losses than ``spike_factor - 1`` times that median's size.
+      spike_factor: More than 1; given with ``on_spike``, or neither is.
       window: Losses that the median is of; there is none before so many.
       rollback_steps: How many steps a rollback undoes, k, the one with the bad loss
         included. k - 1 old states are kept in memory for it.
@@ -106,7 +111,7 @@ class Recovery:
     """
 
     on_nonfinite: Action = "skip"
-    on_spike: Action = "rollback"
+    on_spike: Action | None = None
     spike_factor: float | None = None
     window: int = 32
     rollback_steps: int = 1
@@ -114,12 +119,18 @@ class Recovery:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("on_nonfinite", "on_spike"):
+        given = ["on_nonfinite", *(["on_spike"] if self.on_spike is not None else [])]
+        for name in given:
             if getattr(self, name) not in _ACTIONS:
                 raise ValueError(
                     f"Recovery: {name} is {getattr(self, name)!r}, expected one of "
                     f"{', '.join(_ACTIONS)}"
                 )
+        if (self.on_spike is None) != (self.spike_factor is None):
+            raise ValueError(
+                "Recovery: on_spike and spike_factor belong together; type for example "
+                "on_spike='rollback', spike_factor=2.0"
+            )
         lowest = {"window": 1, "rollback_steps": 1, "skip_batches": 0}
         for name, low in {**lowest, "max_rollbacks": 0}.items():
             value = getattr(self, name)
@@ -156,10 +167,11 @@ def recovering(step: Step, policy: Recovery) -> Callable[[Run, PyTree], Run]:
       The function of a ``Run`` and a batch; the first run is ``Run(state)``.
 
     Raises:
+      TypeError: something that is not a step, a policy or (when called) a run.
       RecoveryError: (when called) the policy says stop; the message names the step, the
         loss, and the first leaf whose gradient is not finite with the ranks that hold
         it. The run that was given stays as it was.
-      ValueError: (when called) a step that donates.
+      ValueError: a step that donates.
 
     Laws: decisions and states are functions of the first run and the batches; a policy
       that never has to act gives the states of ``step``, bitwise.
@@ -176,8 +188,19 @@ def recovering(step: Step, policy: Recovery) -> Callable[[Run, PyTree], Run]:
       >>> run.state.params.buffer, [d.action for d in run.decisions]
       (tensor([0.8000]), ['skip'])
     """
+    if not callable(step) or isinstance(step, Recovery | type):
+        raise TypeError(f"recovering: the first argument is a step, got {step!r}")
+    if not isinstance(policy, Recovery):
+        raise TypeError(f"recovering: policy is a zf.Recovery(...), got {policy!r}")
+    if getattr(step, "_donate", False):
+        raise ValueError(_DONATES)
 
     def go_on(run: Run, batch: PyTree) -> Run:
+        if not isinstance(run, Run):
+            raise TypeError(
+                f"recovering: this step takes a run, got a {type(run).__name__}: type "
+                "zf.Run(state)"
+            )
         if run.num_to_pass:
             return _decided(run, "pass", "after a rollback")._replace(
                 num_to_pass=run.num_to_pass - 1
@@ -186,21 +209,17 @@ def recovering(step: Step, policy: Recovery) -> Callable[[Run, PyTree], Run]:
         try:
             check_usable(run.state)
         except DonatedBufferError as error:
-            raise ValueError(
-                "recovering: this step used up the state that it was given, which a "
-                "policy may have to go back to: type zf.jit(step, donate=False)"
-            ) from error
+            raise ValueError(_DONATES) from error
         loss = float(after.metrics.loss)
-        if int(after.metrics.skipped):
-            reason = f"the gradients overflowed{_where(after)}"
-            return _accepted(_decided(run, "skip", reason), after, policy, run.losses)
         action, reason = _judged(run, after, loss, policy)
         if action == "stop":
             raise RecoveryError(f"step {int(run.state.step)}: {reason}")
         if action == "rollback":
             return _rolled_back(run, reason, policy)
         if action == "skip":
-            stay = run.state.replace(step=run.state.step + 1)
+            stay = after  # a step that skips itself counts it
+            if not int(after.metrics.skipped):
+                stay = run.state.replace(step=run.state.step + 1)
             return _accepted(_decided(run, "skip", reason), stay, policy, run.losses)
         losses = (*run.losses, loss)[-policy.window :]
         counted = run._replace(num_batches=run.num_batches + 1)
@@ -213,18 +232,30 @@ def _judged(
     run: Run, after: TrainState, loss: float, policy: Recovery
 ) -> tuple[Action | None, str]:
     norm = float(after.metrics.grad_norm)
+    if int(after.metrics.skipped) and math.isfinite(loss) and _adapts(run.state, after):
+        return "skip", f"the gradients overflowed{_where(after)}"
     if not (math.isfinite(loss) and math.isfinite(norm)):
         reason = f"the loss is {loss}, the gradient's norm {norm}{_where(after)}"
         return policy.on_nonfinite, reason
     if policy.spike_factor is None or len(run.losses) < policy.window:
         return None, ""
     median = statistics.median(run.losses)
-    if loss <= policy.spike_factor * median:
+    if loss - median <= (policy.spike_factor - 1) * abs(median):
         return None, ""
     return policy.on_spike, (
         f"the loss is {loss:.6g}, more than {policy.spike_factor:g} times the median "
         f"{median:.6g} of the last {len(run.losses)}"
     )
+
+
+def _adapts(before: TrainState, after: TrainState) -> bool:
+    """Whether the loss scale of a step that overflowed came closer to a smaller one."""
+    now = after.loss_scale
+    if before.loss_scale is None:  # its first step: a dynamic rule has a hysteresis
+        return int(now.hysteresis) > 0
+    then = before.loss_scale
+    is_smaller = bool(now.scale < then.scale)
+    return is_smaller or 0 < int(now.hysteresis) < int(then.hysteresis)
 
 
 def _decided(run: Run, action: Any, reason: str) -> Run:

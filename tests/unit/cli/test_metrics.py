@@ -66,3 +66,11 @@ def test_a_fresh_start_begins_the_file(tmp_path):
 
 def test_no_file_is_no_rows(tmp_path):
     assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_rows_without_the_last_column_are_kept(tmp_path):
+    """Of runs that were begun before there was one."""
+    path = tmp_path / "m.csv"
+    header = HEADER.removesuffix(",skipped")
+    path.write_text(f"{header}\n1,1.5,0.25,0.001,64,100.0,1.0,300.0\n")
+    assert read_rows(path) == [row(1)]

@@ -454,3 +454,22 @@ def test_integers_and_bools_are_exact():
     x, i = torch.randn(1000), torch.randint(-1000, 1000, (1000,))
     graph = traced(counts, x, i)
     assert_bitwise(run_of(graph)(x, i), aten.compile_graph(graph)([x, i]))
+
+
+@pytest.mark.parametrize("wrap", [zf.optim.kahan, None], ids=["kahan", "ema"])
+def test_what_is_rounded_off_is_known(wrap):
+    """Inductor would leave the cast to bfloat16 and back out, and lose nothing."""
+    sgd = zf.optim.sgd(1e-3)
+    tx = wrap(sgd) if wrap else zf.optim.chain(sgd, zf.optim.ema(0.9))
+    step = zf.train_step(lambda p, b: (p["w"] * b).sum(), tx)
+
+    def trained(run):
+        params = {"w": torch.ones(8, dtype=torch.bfloat16)}
+        state = zf.shard(params, zf.make_mesh({}), tx=tx)
+        for _ in range(30):
+            state = run(state, torch.ones(8, dtype=torch.bfloat16))
+        return zf.tree_leaves((state.params, state.moments))
+
+    pairs = zip(trained(zf.jit(step, backend="inductor")), trained(step), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)

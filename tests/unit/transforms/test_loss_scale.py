@@ -41,7 +41,7 @@ def deepspeed_scales(overflows, power, window, hysteresis, consecutive, smallest
             if stable > 0 and stable % window == 0:
                 if not consecutive:
                     left = hysteresis
-                scale = min(scale * 2, 2.0**127)
+                scale = min(scale * 2, 2.0**100)
 
 
 def our_scales(overflows, rule):
@@ -72,8 +72,8 @@ def test_the_first_growth_comes_after_window_and_one_steps():
 
 
 def test_a_scale_does_not_grow_to_infinity():
-    rule = zf.DynamicLossScale(initial_scale_power=126, loss_scale_window=1)
-    assert list(our_scales([False] * 6, rule))[-1] == 2.0**127
+    rule = zf.DynamicLossScale(initial_scale_power=99, loss_scale_window=1)
+    assert list(our_scales([False] * 6, rule))[-1] == 2.0**100
 
 
 def test_a_static_scale_stays():
@@ -206,3 +206,31 @@ def test_without_a_rule_nothing_is_skipped_or_counted():
     assert state.loss_scale is None
     assert int(state.metrics.skipped) == 0
     assert bool(state.params["w"].buffer.isnan().any())
+
+
+RULES = {
+    "static": zf.StaticLossScale(4.0),
+    "none": zf.StaticLossScale(1.0),
+    "dynamic": zf.DynamicLossScale(initial_scale_power=4, hysteresis=3),
+    "quick": zf.DynamicLossScale(initial_scale_power=6, hysteresis=1),
+}
+
+
+@pytest.mark.parametrize("before", RULES)
+@pytest.mark.parametrize("after", RULES)
+def test_a_new_rule_holds_whatever_was_before(before, after):
+    """It starts where it says, or goes on; dynamic ones get down to the smallest."""
+    old, new, bad = RULES[before], RULES[after], torch.tensor(False)
+    state = old.adjusted(old.entered(old.init(torch.ones(1))), bad)
+    first = new.entered(state)
+    if isinstance(new, zf.StaticLossScale):
+        assert float(first.scale) == new.scale
+        return
+    if isinstance(old, zf.StaticLossScale):
+        assert float(first.scale) == 2.0**new.initial_scale_power
+    else:
+        assert first.scale == state.scale
+    for _ in range(12):
+        state = new.adjusted(new.entered(state), bad)
+    assert float(state.scale) == new.min_loss_scale
+    assert int(state.skipped_steps) == 13

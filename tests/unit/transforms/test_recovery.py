@@ -53,7 +53,12 @@ def trained(*values):
 
 
 def test_a_policy_that_never_acts_changes_nothing():
-    policy = zf.Recovery(on_nonfinite="rollback", spike_factor=100.0, rollback_steps=3)
+    policy = zf.Recovery(
+        on_nonfinite="rollback",
+        on_spike="stop",
+        spike_factor=100.0,
+        rollback_steps=3,
+    )
     run = folded(policy, batches_of(1, 2, 1, 2, 1))
     assert bits(run.state) == bits(trained(1, 2, 1, 2, 1))
     assert run.decisions == ()
@@ -97,7 +102,9 @@ def test_rollback_undoes_k_steps_and_leaves_m_batches_out(back, kept):
 
 
 def test_a_jump_of_the_loss_goes_back():
-    policy = zf.Recovery(spike_factor=4.0, window=3, rollback_steps=2)
+    policy = zf.Recovery(
+        on_spike="rollback", spike_factor=4.0, window=3, rollback_steps=2
+    )
     run = folded(policy, batches_of(1, 1, 1, 1, 50, 1))
     assert actions(run) == [(4, 4, "rollback")]
     assert "more than 4 times the median" in run.decisions[0].reason
@@ -118,13 +125,50 @@ def test_going_back_without_getting_further_ends():
     assert further.num_rollbacks == 1
 
 
-def test_overflows_that_the_step_skips_are_decisions_too():
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_a_step_that_skips_itself_leaves_the_rest_to_the_policy(action):
     step = zf.train_step(loss, TX, zf.skip_nonfinite())
-    run = folded(
-        zf.Recovery(on_nonfinite="stop"), batches_of(1, math.nan, 1), step=step
-    )
+    policy = zf.Recovery(on_nonfinite=action)
+    run = folded(policy, batches_of(1), step=step)
+    if action == "stop":
+        with pytest.raises(zf.RecoveryError, match="the loss is nan"):
+            folded(policy, batches_of(math.nan), run, step)
+        return
+    run = folded(policy, batches_of(math.nan, 1), run, step)
     assert actions(run) == [(1, 1, "skip")]
     assert bits(run.state) == bits(trained(1, 1))
+    assert int(run.state.loss_scale.skipped_steps) == 1
+
+
+def test_overflows_are_skipped_while_the_scale_can_fall():
+    """Then the policy decides, also where it is as small as it gets."""
+
+    def steep(params, batch):
+        return (params["w"] * 1e-20 * 1e22 * batch).sum() + params["b"].sum()
+
+    rule = zf.DynamicLossScale(initial_scale_power=60, hysteresis=2)
+    policy = zf.precision("fp32", loss_scale=rule)
+    step = zf.train_step(steep, TX, policy)
+    run = folded(zf.Recovery(on_nonfinite="stop"), batches_of(*[1] * 14), step=step)
+    assert {d.action for d in run.decisions} == {"skip"}
+    assert "overflowed; grads['w'] not finite on rank 0" in run.decisions[0].reason
+    assert len(run.decisions) < 14, "the scale is small enough at last"
+    lowest = zf.DynamicLossScale(60, hysteresis=1, min_loss_scale=2.0**59)
+    step = step._replace(scaling=lowest)
+    with pytest.raises(zf.RecoveryError, match=r"step 1: .*the gradient's norm"):
+        folded(zf.Recovery(on_nonfinite="stop"), batches_of(1, 1, 1), step=step)
+
+
+def test_negative_losses_jump_upwards():
+    def negative(params, batch):
+        return batch.mean() + 0 * (params["w"].sum() + params["b"].sum())
+
+    step = zf.train_step(negative, TX)
+    policy = zf.Recovery(on_spike="stop", spike_factor=2.0, window=3)
+    run = folded(policy, batches_of(-8, -8, -8, -8, -1), step=step)
+    assert run.decisions == ()
+    with pytest.raises(zf.RecoveryError, match="median -8 of the last 3"):
+        folded(policy, batches_of(0.5), run, step)
 
 
 @given(
@@ -138,6 +182,7 @@ def test_replay_gives_the_same_decisions(values, at, back, left_out):
     """Also in two halves: a run is a value."""
     policy = zf.Recovery(
         on_nonfinite="rollback",
+        on_spike="rollback",
         spike_factor=5.0,
         window=2,
         rollback_steps=back,
@@ -153,8 +198,9 @@ def test_replay_gives_the_same_decisions(values, at, back, left_out):
 
 
 def test_a_jitted_step_must_not_donate():
-    with pytest.raises(ValueError, match=r"zf.jit\(step, donate=False\)"):
-        folded(zf.Recovery(), batches_of(1), step=zf.jit(STEP))
+    for step in (zf.jit(STEP), zf.donate(STEP)):
+        with pytest.raises(ValueError, match=r"zf.jit\(step, donate=False\)"):
+            folded(zf.Recovery(), batches_of(1), step=step)
     run = folded(
         zf.Recovery(), batches_of(1, math.nan, 1), step=zf.jit(STEP, donate=False)
     )
@@ -167,9 +213,23 @@ def test_a_jitted_step_must_not_donate():
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore', expected one of skip,"),
         ({"window": 0}, "window is 0, expected an int of at least 1"),
         ({"rollback_steps": True}, "rollback_steps is True, expected an int"),
-        ({"spike_factor": 1.0}, "spike_factor is 1.0, expected a number above 1"),
+        (
+            {"on_spike": "stop", "spike_factor": 1.0},
+            "spike_factor is 1.0, expected a number above 1",
+        ),
+        ({"spike_factor": 2.0}, "on_spike and spike_factor belong together"),
+        ({"on_spike": "stop"}, "on_spike and spike_factor belong together"),
     ],
 )
 def test_messages(options, message):
     with pytest.raises(ValueError, match=message):
         zf.Recovery(**options)
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(TypeError, match="the first argument is a step, got Recovery"):
+        zf.recovering(zf.Recovery(), STEP)
+    with pytest.raises(TypeError, match=r"policy is a zf.Recovery"):
+        zf.recovering(STEP, {"on_nonfinite": "stop"})
+    with pytest.raises(TypeError, match=r"takes a run, got a TrainState: type zf.Run"):
+        zf.recovering(STEP, zf.Recovery())(start().state, batches_of(1)[0])

@@ -36,6 +36,8 @@ OPTIONS: Final = MappingProxyType(
         # What returns to the driver is what the graph says, strides too.
         "keep_output_stride": True,
         "fallback_random": True,
+        # Else (p + u).to(bfloat16).to(float32) is p + u: what was rounded off is lost.
+        "emulate_precision_casts": True,
         "freezing": False,
         "triton.cudagraphs": False,
     }
