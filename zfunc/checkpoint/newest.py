@@ -12,6 +12,7 @@ from zfunc.checkpoint.damage import DamagedError
 from zfunc.checkpoint.find import step_directories
 from zfunc.checkpoint.leaves import mesh_of
 from zfunc.checkpoint.restore import Restored, restore
+from zfunc.checkpoint.running import wait_for_running
 from zfunc.core.errors import CheckpointError
 from zfunc.core.state import TrainState, check_usable
 
@@ -86,6 +87,7 @@ def restore_newest(
     """
     mesh = mesh_of(like, "restore_newest: like")
     check_usable(like)
+    wait_for_running()  # it may remove what is listed here
     folder, what = Path(root), f"restoring the newest in {root}"
 
     def look() -> tuple[None, list[str]]:

@@ -26,6 +26,7 @@ from zfunc.checkpoint.manifest import (
     file_name,
     read_manifest,
 )
+from zfunc.checkpoint.running import wait_for_running
 from zfunc.checkpoint.skeleton import rebuilt, skeleton_of
 from zfunc.checkpoint.verify import check_directory, check_file, check_same_model
 from zfunc.core.errors import CheckpointError
@@ -112,6 +113,7 @@ def restore(
     """
     mesh = mesh_of(like, "restore: like")
     check_usable(like)
+    wait_for_running()  # it may remove what is read here
     given, peers = Path(path), Peers(mesh)
     what = f"restoring {given}"
     chosen = agree(peers, what, lambda: (None, _chosen(given, mesh))).reports[0]

@@ -22,7 +22,15 @@ from tests.unit.checkpoint.states import (
     loss,
     made,
 )
-from zfunc.checkpoint import Keep, latest, list_steps, restore, save, save_async
+from zfunc.checkpoint import (
+    Keep,
+    latest,
+    list_steps,
+    restore,
+    restore_newest,
+    save,
+    save_async,
+)
 from zfunc.checkpoint.running import SavingThread
 from zfunc.core.tree import tree_leaves
 
@@ -241,3 +249,23 @@ two = zf.checkpoint.save_async("/dev/null/b", state)
     expected = "saving in /dev/null/b failed, and wait() was not called: /dev/null/b/"
     assert done.stderr.startswith(expected)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("read", [restore, restore_newest])
+def test_a_restore_waits_for_a_save(tmp_path, held, read):
+    """Which would remove what is being read."""
+    state = made()
+    save(tmp_path, state)
+    pending = save_async(
+        tmp_path, state.replace(step=state.step + 1), keep=Keep(last=1)
+    )
+    found = []
+    reader = threading.Thread(target=lambda: found.append(read(tmp_path, state)))
+    reader.start()
+    time.sleep(0.2)
+    assert found == []
+    held.set()
+    reader.join(20)
+    pending.wait()
+    restored = found[0] if read is restore else found[0].restored
+    assert int(restored.state.step) == int(state.step) + 1
