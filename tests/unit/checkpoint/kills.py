@@ -123,15 +123,17 @@ def forked(fn, *args):
 
 
 def ended(pids, within_s):
-    """Wait for processes, then kill those that are left."""
-    end = time.monotonic() + within_s
-    left = set(pids)
-    while left and time.monotonic() < end:
-        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
+    """Wait for processes, then kill those that are left; their exit codes."""
+    end, codes = time.monotonic() + within_s, {}
+    while len(codes) < len(pids):
+        for pid in set(pids) - codes.keys():
+            if time.monotonic() >= end:
+                os.kill(pid, signal.SIGKILL)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                codes[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    return codes
 
 
 # --- random times ------------------------------------------------------------------
@@ -145,9 +147,11 @@ def reference(folder, world):
 
 
 def killed_once(folder, root, world, rng):
-    """Start the training, kill it, and say which losses it wrote and if it was done."""
-    store, logs = folder / f"store{rng.random()}", []
-    pids = []
+    """Start the training and kill it; the losses that it wrote, and if it was killed.
+
+    One that has come to its end before is not.
+    """
+    store, logs, pids = folder / f"store{rng.random()}", [], []
     for rank in range(world):
         logs.append(folder / f"log{rank}")
         logs[-1].unlink(missing_ok=True)
@@ -159,13 +163,14 @@ def killed_once(folder, root, world, rng):
     victims = rng.choice([pids] + [[pid] for pid in pids] * (world > 1))
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    ended(pids, 5)
+    codes = ended(pids, 5)
     lines = logs[0].read_text().splitlines()[1:] if logs[0].exists() else []
-    return [line.split() for line in lines]
+    killed = any(codes[pid] == -signal.SIGKILL for pid in victims)
+    return [line.split() for line in lines], killed
 
 
 def what_is_left(root, expected, like):
-    """ "whole", "none yet", or what is wrong."""
+    """Whether each checkpoint is whole, or what is wrong with one."""
     steps = list_steps(root)
     if not steps:
         return "none yet" if not list(root.glob("step-*")) else "unreadable"
@@ -186,14 +191,15 @@ def at_random_times(folder, num_kills, world, seed=0):
     rng, root = random.Random(seed), folder / "root"
     expected, like = reference(folder, world), first(zf.make_mesh({}))
     counts = collections.Counter()
-    for _ in range(num_kills):
+    while counts["killed"] < num_kills:
         before = max(list_steps(root), default=0)
         if before == LAST_STEP:
             shutil.rmtree(root)
             before = 0
             counts["finished, begun again"] += 1
         counts["resumed"] += before > 0
-        losses = killed_once(folder, root, world, rng)
+        losses, killed = killed_once(folder, root, world, rng)
+        counts["killed" if killed else "came to its end before"] += 1
         root.mkdir(exist_ok=True)
         counts[what_is_left(root, expected, like)] += 1
         counts["leftovers of a killed save"] += bool(list(root.glob(".tmp-*")))
@@ -293,15 +299,16 @@ def main(arguments=None):
     old, new = (sum(p[1] == step for p in points) for step in (2, 3))
     clean = sum(p[2] for p in points)
     print(
-        f"{len(points)} kills, one before each call of a save: "
-        f"newest is the old step {old}, the new step {new}, "
-        f"neither {len(points) - old - new}; "
-        f"the next save clean {clean}; "
-        f"{time.monotonic() - middle_s:.0f} s"
+        f"{len(points)} kills, one before each call of a save, "
+        f"{time.monotonic() - middle_s:.0f} s\n"
+        f"  the newest is the old one: {old}\n"
+        f"  the newest is the new one: {new}\n"
+        f"  the newest is neither: {len(points) - old - new}\n"
+        f"  the next save works and leaves nothing over: {clean}"
     )
     print(f"  calls: {dict(collections.Counter(p[0] for p in points))}")
     good = {"whole", "none yet", "losses equal", "resumed", "finished, begun again"}
-    good |= {"leftovers of a killed save"}
+    good |= {"leftovers of a killed save", "killed", "came to its end before"}
     bad = sum(n for name, n in counts.items() if name not in good)
     return 0 if bad == 0 and old + new == clean == len(points) else 1
 

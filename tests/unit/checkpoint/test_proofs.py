@@ -41,26 +41,29 @@ def count(text, name):
 
 def test_kills_at_random_times_and_before_each_call():
     text = proof("--kills", "15")
-    assert count(text, "whole") + count(text, "none yet") == 15
+    assert count(text, "killed") == 15
+    assert count(text, "whole") + count(text, "none yet") >= 15
     assert count(text, "resumed") >= 5
     assert count(text, "losses equal") > 30
     for bad in ("losses different", "steps went back", "mixed"):
         assert count(text, bad) == 0
-    points = re.search(
-        r"(\d+) kills, one before each call of a save: newest is the old step (\d+), "
-        r"the new step (\d+), neither 0; the next save clean (\d+)",
-        text,
-    )
+    points = re.search(r"(\d+) kills, one before each call of a save", text)
     assert points is not None, text
-    total, old, new, clean = map(int, points.groups())
-    assert total == old + new == clean > 20
+    old, new, neither = (
+        count(text, f"the newest is {which}")
+        for which in ("the old one", "the new one", "neither")
+    )
+    clean = count(text, "the next save works and leaves nothing over")
+    assert int(points[1]) == old + new == clean > 20
     assert new > 5
+    assert neither == 0
 
 
 @pytest.mark.distributed
 def test_kills_on_two_ranks():
     text = proof("--kills", "4", "--ranks", "2", "--no-points")
-    assert count(text, "whole") + count(text, "none yet") == 4
+    assert count(text, "killed") == 4
+    assert count(text, "whole") + count(text, "none yet") >= 4
     assert count(text, "losses equal") > 0
     assert count(text, "losses different") == count(text, "mixed") == 0
 

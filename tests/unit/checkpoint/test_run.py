@@ -108,13 +108,16 @@ def test_a_rule_may_change_when_a_run_goes_on(run):
     assert list_steps(run / "checkpoints") == (8,)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(text, tmp_path, monkeypatch):
-    """Also in the background: with the path, and a message that says why."""
+@pytest.mark.parametrize("failing", [4, 8])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+    text, tmp_path, monkeypatch, failing
+):
+    """Also in the background, also the last: with the path, and why."""
     real = os.fsync
 
     def fsync(descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if ".tmp-step-00000004" in path:
+        if f".tmp-step-0000000{failing}" in path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -122,8 +125,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(text, tmp_path, monkey
     out = tmp_path / "run"
     done = zfunc("train", "--data", text, "--out", out, *SMALL)
     assert done.exit_code == 1
-    assert re.search(r"step-00000004/.*cannot write \d+ bytes: No space", done.stderr)
-    assert list_steps(out / "checkpoints") == (2,)
+    assert re.search(
+        rf"step-0000000{failing}/.*cannot write \d+ bytes: No space", done.stderr
+    )
+    assert list_steps(out / "checkpoints") == tuple(range(2, failing, 2))
 
 
 # --- a damaged newest one --------------------------------------------------------
