@@ -61,6 +61,11 @@ def finish(
     if config.sample_tokens:
         console.print(Panel(Text(text), title="text from the model", width=88))
     console.print(closing_table(summary))
+    num_skipped = sum(row.skipped for row in rows)
+    if num_skipped:
+        console.print(f"{num_skipped} steps overflowed and changed nothing")
+    if config.verify_steps and not differences.steps:
+        console.print("the first steps overflowed: not compared with an unsharded run")
     names = ", ".join(path.name for path in run.files())
     console.print(f"written to {run.root}: {names}", markup=False, soft_wrap=True)
 
