@@ -7,7 +7,7 @@ In float64, so that nothing but the law decides.
 import functools
 import math
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import zfunc as zf
@@ -47,7 +47,8 @@ def check_power(case, power):
 
 def check_skipped(case, at):
     """Parameters and moments are those of a run that was not given the bad batch."""
-    assume(sum(x.numel() for x in zf.tree_leaves(case.params)))  # else no gradients
+    if not any(x.numel() for x in zf.tree_leaves(case.params)):
+        return  # no gradients, no overflow
     rule = zf.DynamicLossScale(initial_scale_power=3, hysteresis=1)
     step = scaled(case, rule)
     want = trained(case, step)
