@@ -17,7 +17,7 @@ demo: $(STAMP) ## train a small model on two processes, into runs/demo
 	$(BIN)/zfunc train --nproc 2 --out runs/demo --overwrite
 
 test: $(STAMP) ## the whole test suite, doctests included
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff, formatting and import layers
 	$(BIN)/ruff check .
