@@ -31,8 +31,9 @@ from zfunc.bench import (
 )
 from zfunc.bench.contenders import available
 from zfunc.cli.display import make_console
+from zfunc.cli.ending import explain, print_error
 from zfunc.cli.errors import Problem, UsageError, flag
-from zfunc.launch import Job, Outcome, current_job, guarded, torchrun
+from zfunc.launch import Job, current_job, guarded, torchrun
 
 T = TypeVar("T")
 
@@ -175,11 +176,16 @@ def _launch(request: Request) -> int:
     try:
         resolve(request)
     except UsageError as error:
-        _print_error(stderr, str(error))
+        print_error(stderr, str(error))
         return 2
     os.environ["OMP_NUM_THREADS"] = str(request.threads)
     outcome = torchrun("zfunc.cli", request.arguments(), request.nproc)
-    _explain(stderr, outcome)
+    explain(
+        stderr,
+        outcome,
+        "stopped before the end: nothing was written",
+        LossesDifferError,
+    )
     return outcome.exit_code
 
 
@@ -264,25 +270,3 @@ def _report(console: Console, request: Request, result: Result) -> None:
         write_csv(request.csv, result)
     if request.plot is not None:
         plot_result(request.plot, result)
-
-
-def _explain(stderr: Console, outcome: Outcome) -> None:
-    """One message about a job that did not finish."""
-    failure = outcome.failure
-    if outcome.exit_code == 0:
-        return
-    if outcome.stopped or failure is None:
-        _print_error(stderr, "stopped before the end: nothing was written")
-        return
-    name, _, message = failure.message.partition(": ")
-    if failure.exitcode == 2 or name == LossesDifferError.__name__:
-        _print_error(stderr, message)
-        return
-    if failure.traceback:
-        stderr.print(failure.traceback, markup=False)
-    _print_error(stderr, str(failure))
-
-
-def _print_error(stderr: Console, text: str) -> None:
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(text, markup=False)

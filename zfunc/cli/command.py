@@ -13,6 +13,7 @@ from rich.console import Console
 
 from zfunc.cli.config import TrainConfig, conflicts, problems_of
 from zfunc.cli.corpus import corpus_problems
+from zfunc.cli.ending import print_error
 from zfunc.cli.errors import Problem, UsageError, flag
 from zfunc.cli.rundir import RunDir
 from zfunc.cli.worker import run_rank
@@ -94,7 +95,7 @@ def _launch(request: Request) -> int:
         if problems or config is None:
             raise UsageError(problems)
     except UsageError as error:
-        _print_error(stderr, str(error))
+        print_error(stderr, str(error))
         return 2
     outcome = torchrun("zfunc.cli", request_for_ranks(request, config), config.nproc)
     _explain(stderr, outcome, RunDir(request.out))
@@ -170,7 +171,7 @@ def _explain(stderr: Console, outcome: Outcome, run: RunDir) -> None:
     if stderr.is_terminal:
         stderr.show_cursor(True)  # a rank that was killed did not
     if failure is not None and failure.exitcode == 2:
-        _print_error(stderr, failure.message.partition(": ")[2] or str(failure))
+        print_error(stderr, failure.message.partition(": ")[2] or str(failure))
         return
     newest = run.latest_checkpoint()
     where = (
@@ -181,11 +182,6 @@ def _explain(stderr: Console, outcome: Outcome, run: RunDir) -> None:
     if not outcome.stopped:
         if failure is not None and failure.traceback:
             stderr.print(failure.traceback, markup=False)
-        _print_error(stderr, f"{failure or 'the launcher failed'}; {where}")
+        print_error(stderr, f"{failure or 'the launcher failed'}; {where}")
     elif not outcome.saved:
         stderr.print(f"stopped at once; {where}", markup=False)
-
-
-def _print_error(stderr: Console, text: str) -> None:
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(text, markup=False)

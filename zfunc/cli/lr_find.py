@@ -17,11 +17,12 @@ from zfunc.cli.command import Request as TrainRequest
 from zfunc.cli.command import resolve as resolve_training
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.display import PLAIN_LINES, make_console
+from zfunc.cli.ending import explain, print_error
 from zfunc.cli.errors import Problem, UsageError
 from zfunc.cli.lr_curve import MARGIN, Curve, Point, Suggestion, as_json, draw
 from zfunc.cli.lr_curve import suggestion as read_off
 from zfunc.cli.lr_sweep import MIN_STEPS, Sweep, measure
-from zfunc.launch import Job, Outcome, current_job, guarded, torchrun
+from zfunc.launch import Job, current_job, guarded, torchrun
 
 _SWEEP, _RUN, _MODEL = "Sweep", "Run", "Model"
 _DEFAULT, _SWEPT, _STEPS = TrainConfig(), Sweep(), 120
@@ -126,7 +127,7 @@ def lr_find_command(
     try:
         raise typer.Exit(_launch(request, stderr))
     except UsageError as error:
-        _print_error(stderr, str(error))
+        print_error(stderr, str(error))
         raise typer.Exit(2) from None
 
 
@@ -187,7 +188,7 @@ def _launch(request: Request, stderr: Console) -> int:
     if config.nproc == 1:
         return _sweep(request, config, Job(rank=0, world=1))
     outcome = torchrun("zfunc.cli", request.arguments(config.nproc), config.nproc)
-    _explain(stderr, outcome)
+    explain(stderr, outcome, "stopped before the end: nothing was written")
     return outcome.exit_code
 
 
@@ -294,24 +295,3 @@ def said(curve: Curve, read: Suggestion) -> Iterator[str]:
         tenth = read.last_lr / MARGIN
         yield f"a tenth of the last rate before the divergence is {tenth:.3g}"
     yield f"suggestion: zfunc train --lr {read.lr:.2g}"
-
-
-def _explain(stderr: Console, outcome: Outcome) -> None:
-    """One message about a job that did not finish."""
-    failure = outcome.failure
-    if outcome.exit_code == 0:
-        return
-    if outcome.stopped or failure is None:
-        _print_error(stderr, "stopped before the end: nothing was written")
-        return
-    if failure.exitcode == 2:
-        _print_error(stderr, failure.message.partition(": ")[2] or str(failure))
-        return
-    if failure.traceback:
-        stderr.print(failure.traceback, markup=False)
-    _print_error(stderr, str(failure))
-
-
-def _print_error(stderr: Console, text: str) -> None:
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(text, markup=False)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from zfunc.cli.display import make_console
+from zfunc.cli.ending import print_error
 from zfunc.core.errors import TraceError
 from zfunc.plan import (
     PlanError,
@@ -121,8 +122,7 @@ def plan_command(
         _run(request, stages, memory_gb, json, plot_to)
     except (PlanError, TraceError) as error:
         stderr = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-        stderr.print("[bold red]error:[/] ", end="")
-        stderr.print(str(error), markup=False)
+        print_error(stderr, str(error))
         raise typer.Exit(2) from None
 
 

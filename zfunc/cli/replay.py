@@ -19,6 +19,7 @@ from zfunc.checkpoint.manifest import Manifest, read_manifest, step_name
 from zfunc.cli.config import TrainConfig, conflicts
 from zfunc.cli.corpus import open_corpus
 from zfunc.cli.display import make_console
+from zfunc.cli.ending import explain, print_error
 from zfunc.cli.errors import Problem, UsageError
 from zfunc.cli.hashes import Hashes, hashed_leaves, hashes_of, named, read_hashes
 from zfunc.cli.loop import Progress, Training
@@ -28,7 +29,7 @@ from zfunc.cli.rundir import RunDir
 from zfunc.cli.verify import on_device
 from zfunc.cli.worker import scaled, training_of
 from zfunc.data import Cursor
-from zfunc.launch import Job, Outcome, current_job, guarded, torchrun
+from zfunc.launch import Job, current_job, guarded, torchrun
 
 PATHS_SHOWN = 4
 # Where and how a run computes may change when it is resumed: these are of the
@@ -106,11 +107,11 @@ def _launch(path: Path, steps: int) -> int:
     try:
         replay = prepared(path, steps)
     except UsageError as error:
-        _print_error(stderr, str(error))
+        print_error(stderr, str(error))
         return 2
     arguments = ["replay", str(path), f"--steps={steps}"]
     outcome = torchrun("zfunc.cli", arguments, replay.config.nproc)
-    _explain(stderr, outcome)
+    explain(stderr, outcome, "stopped before the end", ReplayDiffersError)
     return outcome.exit_code
 
 
@@ -279,25 +280,3 @@ def _equal(replay: Replay, num_states: int) -> str:
         f"equal: {steps} bit for bit; {replay.steps} losses and gradient norms, "
         f"{num_states} states of {leaves} leaves"
     )
-
-
-def _explain(stderr: Console, outcome: Outcome) -> None:
-    """One message about a job that did not find all equal."""
-    failure = outcome.failure
-    if outcome.exit_code == 0:
-        return
-    if outcome.stopped or failure is None:
-        _print_error(stderr, "stopped before the end")
-        return
-    name, _, message = failure.message.partition(": ")
-    if failure.exitcode == 2 or name == ReplayDiffersError.__name__:
-        _print_error(stderr, message)
-        return
-    if failure.traceback:
-        stderr.print(failure.traceback, markup=False)
-    _print_error(stderr, str(failure))
-
-
-def _print_error(stderr: Console, text: str) -> None:
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(text, markup=False)
