@@ -183,11 +183,20 @@ PLACEMENT = {
         "not a prefix of the tree: ...\n"
         "Give one value for the whole tree, or a tree of the same keys.",
     ),
-    "parameters that are placed already": Wrong(
-        lambda: zf.shard(zf.shard(params_of(), one_rank()).params, one_rank()),
+    "a spec for parameters that are placed already": Wrong(
+        lambda: zf.shard(
+            zf.shard(params_of(), one_rank()).params, one_rank(), spec=zf.P()
+        ),
         zf.PlacementError,
-        "params are placed already: use zf.reshard to move them, or give shard plain "
-        "tensors.",
+        "params are placed already: leave spec out, or move them with zf.reshard.",
+    ),
+    "parameters that are placed on another mesh": Wrong(
+        lambda: zf.shard(
+            {"w": zf.shard(torch.ones(2), one_rank()).params}, zf.make_mesh({})
+        ),
+        zf.PlacementError,
+        "params['w'] is placed on the mesh {'data': 1}, not on {}: move it with "
+        "zf.reshard.",
     ),
     "a move to another mesh": Wrong(
         moved_to_another_mesh,

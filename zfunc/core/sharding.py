@@ -285,10 +285,8 @@ def replicate(tree: PyTree) -> PyTree:
     for mesh, axis in axes:
         where = [
             i
-            for i, leaf in enumerate(leaves)
-            if is_sharded(leaf)
-            and leaf.sharding.mesh == mesh
-            and axis in leaf.sharding.axes
+            for i, x in enumerate(leaves)
+            if is_sharded(x) and x.sharding.mesh == mesh and axis in x.sharding.axes
         ]
         picked = [leaves[i] for i in where]
         fulls = gather_buffers(picked, axis, wire_dtypes=[None] * len(picked))
@@ -335,27 +333,33 @@ def reshard(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def place_tree(params: PyTree, mesh: Mesh, spec: Any, dtype: Any) -> PyTree:
-    """Place every leaf of ``params`` by ``spec``: one P for all leaves, or a tree."""
-    shape = tree_map(lambda x: 0, params)
+    """Place leaves by ``spec``, a P or a tree of them; copy those that are placed."""
+    shape = tree_map(lambda x: 0, params, is_leaf=is_sharded)
     specs = broadcast_prefix(spec, shape, is_leaf=lambda s: isinstance(s, P))
     one_for_all = isinstance(spec, P)
     placed = iter(specs)
 
-    def one(path: str, leaf: torch.Tensor) -> Any:
+    def one(path: str, leaf: Any) -> Any:
         wanted = next(placed)
+        if is_sharded(leaf):
+            if leaf.sharding.mesh != mesh:
+                raise PlacementError(
+                    f"params[{path!r}] is placed on the mesh {leaf.sharding.mesh.shape}"
+                    f", not on {mesh.shape}: move it with zf.reshard."
+                )
+            return tree_map(lambda b: b.detach().to(dtype or b.dtype, copy=True), leaf)
         if not isinstance(wanted, P):
             raise PlacementError(
                 f"spec[{path!r}] is {wanted!r}: give a P, such as P('data') or P()."
             )
         # One spec for a whole tree reaches leaves of fewer dims: scalars replicate.
         fitting = P(*wanted[: leaf.dim()]) if one_for_all else wanted
-        value = leaf.detach() if dtype is None else leaf.detach().to(dtype)
-        if mesh.kind in ("local", "process"):
-            value = value.to(mesh.device)
+        device = mesh.device if mesh.kind in ("local", "process") else leaf.device
+        value = leaf.detach().to(device, dtype or leaf.dtype)
         piece = place(value, NamedSharding(mesh, fitting))
         return tree_map(lambda b: b.clone(memory_format=torch.contiguous_format), piece)
 
-    return map_with_path(one, params)
+    return map_with_path(one, params, is_leaf=is_sharded)
 
 
 def with_rank(tree: PyTree, rank: Any) -> PyTree:
@@ -385,10 +389,8 @@ def global_norm(tree: PyTree) -> torch.Tensor:
     for leaf in tree_leaves(tree, is_sharded):
         buffer = leaf.buffer if is_sharded(leaf) else leaf
         wide = torch.promote_types(buffer.dtype, torch.float32)
-        square = buffer.to(wide).square().sum()
-        where: tuple[Mesh | None, tuple[str, ...]] = (None, ())
-        if is_sharded(leaf):
-            where = (leaf.sharding.mesh, tuple(sorted(leaf.sharding.axes)))
+        square, at = buffer.to(wide).square().sum(), getattr(leaf, "sharding", None)
+        where = (at.mesh, tuple(sorted(at.axes))) if at else (None, ())
         sums[where] = sums[where] + square if where in sums else square
     totals = []
     for (mesh, axes), value in sums.items():

@@ -110,7 +110,9 @@ def shard(
     stage is only where in the step the gathers and reductions sit.
 
     Args:
-      params: a pytree of floating tensors, the same on every rank.
+      params: a pytree of floating tensors, the same on every rank. Leaves that are
+        ``Sharded`` on ``mesh``, as a loader that reads pieces makes them, stay where
+        they are (copied: a donating step may not reach the caller's).
       mesh: where they go.
       tx: makes the moments now; else the step makes them on its first call.
       spec: a ``P`` for all leaves (cut to each leaf's dims: scalars replicate), or a
@@ -122,7 +124,8 @@ def shard(
       TypeError: a leaf that is not a floating tensor, with its path.
       MeshError: an axis that the mesh does not have.
       PlacementError: ranks that hold different parameters (unequal seeds), with the
-        path of the first leaf.
+        path of the first leaf; a leaf that is placed on another mesh, or a spec for
+        leaves that are placed.
 
     Differs from DeepSpeed: no engine; checkpoints do not depend on the stage, which may
     change at any step.
@@ -140,15 +143,15 @@ def shard(
     check_floating(params, "params")
     if not tree_leaves(params):
         raise TypeError("params has no leaves: there is nothing to train.")
-    if any(is_sharded(leaf) for leaf in tree_leaves(params, is_sharded)):
-        raise PlacementError(
-            "params are placed already: use zf.reshard to move them, or give shard "
-            "plain tensors."
-        )
+    plain = tree_map(lambda x: None if is_sharded(x) else x, params, is_leaf=is_sharded)
     if spec is None:
         spec = P("data") if mesh.axes else P()
-    if mesh.kind == "process":
-        _check_agreement(params, mesh)
+    elif len(tree_leaves(plain)) < len(tree_leaves(params)):
+        raise PlacementError(
+            "params are placed already: leave spec out, or move them with zf.reshard."
+        )
+    if mesh.kind == "process" and tree_leaves(plain):
+        _check_agreement(plain, mesh)
     placed = place_tree(params, mesh, spec, dtype)
     first = tree_leaves(placed)[0]
     counter = first.new_zeros((), dtype=torch.int64)
@@ -192,10 +195,8 @@ def unshard(state: TrainState) -> TrainState:
     """
 
     def own(leaf: Any, full: torch.Tensor) -> torch.Tensor:
-        sizes = [
-            leaf.sharding.mesh.axis_size(axis)
-            for axis in (leaf.sharding.axes if is_sharded(leaf) else ())
-        ]
+        axes = leaf.sharding.axes if is_sharded(leaf) else ()
+        sizes = [leaf.sharding.mesh.axis_size(axis) for axis in axes]
         return full if max(sizes, default=1) > 1 else full.clone()
 
     full: TrainState = tree_map(own, state, replicate(state), is_leaf=is_sharded)

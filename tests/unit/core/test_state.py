@@ -107,6 +107,23 @@ def test_tied_and_strided_parameters_are_copied():
     assert torch.equal(buffers["t"], w.T)
 
 
+@pytest.mark.parametrize("mesh", [{}, {"data": 1}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_parameters_that_are_placed_stay_there_in_memory_of_the_state(mesh, dtype):
+    mesh = zf.make_mesh(mesh)
+    spec = {"w": zf.P(None, "data"), "b": zf.P()} if mesh.axes else zf.P()
+    placed = zf.shard({"w": torch.ones(2, 3), "b": torch.ones(3)}, mesh, spec=spec)
+    mixed = {**placed.params, "plain": torch.zeros(4)}
+    state = zf.shard(mixed, mesh, dtype=dtype)
+    assert state.params["w"].sharding == placed.params["w"].sharding
+    default = zf.P("data") if mesh.axes else zf.P()
+    assert state.params["plain"].sharding.spec == default
+    for name, leaf in placed.params.items():
+        assert state.params[name].buffer.dtype == (dtype or torch.float32)
+        state.params[name].buffer.zero_()
+        assert bool((leaf.buffer == 1).all())
+
+
 def test_parameters_that_track_gradients_are_detached():
     module = torch.nn.Linear(3, 2)
     state = zf.shard(dict(module.named_parameters()), alone())
