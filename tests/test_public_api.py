@@ -26,7 +26,7 @@ NAMES = {
         from_dtensor global_norm jit make_mesh models optim partition pmean
         ppermute precision psum psum_scatter random recovering remat reshard
         shard skip_nonfinite testing to_dtensor train_step tree_leaves tree_map
-        unshard value_and_grad
+        unshard value_and_grad with_frozen
         """,
     "zfunc.checkpoint": """
         Damage DamagedError Keep Newest Pending Restored latest list_steps remove_old
@@ -54,7 +54,7 @@ NAMES = {
         """,
     "zfunc.transforms": """
         Decision DynamicLossScale LossScale Policy Recovery Run StaticLossScale
-        accumulate partition precision recovering remat skip_nonfinite
+        accumulate partition precision recovering remat skip_nonfinite with_frozen
         """,
 }
 
@@ -104,6 +104,7 @@ SIGNATURES = {
     "persistence_threshold=0, deterministic=False, virtual_shards=None)",
     "precision": "(policy, *, loss_scale=None)",
     "skip_nonfinite": "()",
+    "with_frozen": "(loss_fn, frozen, *, axis='data')",
     "DynamicLossScale": "(initial_scale_power=16, loss_scale_window=1000, "
     "hysteresis=2, consecutive_hysteresis=False, min_loss_scale=1.0)",
     "StaticLossScale": "(scale)",

@@ -63,3 +63,4 @@ from .transforms import precision as precision
 from .transforms import recovering as recovering
 from .transforms import remat as remat
 from .transforms import skip_nonfinite as skip_nonfinite
+from .transforms import with_frozen as with_frozen

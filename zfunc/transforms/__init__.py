@@ -2,6 +2,7 @@
 """Transformations of a ``TrainStep``: each replaces a slot."""
 
 from .accumulate import accumulate as accumulate
+from .frozen import with_frozen as with_frozen
 from .loss_scale import DynamicLossScale as DynamicLossScale
 from .loss_scale import LossScale as LossScale
 from .loss_scale import StaticLossScale as StaticLossScale
