@@ -75,3 +75,17 @@ class Pool:
             connection.send(None)
         for process in self.processes:
             process.join(TIMEOUT_S)
+
+
+def answer_after_a_death(scene, *args):
+    """What rank 0 returns of a scene in which rank 1 of 2 dies (exit code 9)."""
+    pool = Pool(2)
+    for connection in pool.connections:
+        connection.send((scene, args))
+    kind, result = pool.connections[0].recv()
+    pool.processes[1].join(10)
+    pool.processes[0].terminate()
+    pool.processes[0].join(10)
+    if (kind, pool.processes[1].exitcode) != ("ok", 9):
+        raise RankError(f"exit code {pool.processes[1].exitcode}, {kind}: {result}")
+    return result

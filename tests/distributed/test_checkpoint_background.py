@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import zfunc as zf
-from tests.distributed.pool import Pool
+from tests.distributed.pool import answer_after_a_death
 from tests.unit.checkpoint.states import batch, contents, loss, made
 from zfunc.checkpoint import Keep, list_steps, restore, restore_newest, save, save_async
 from zfunc.checkpoint.agree import GROUP_NAME, own_group
@@ -283,14 +283,6 @@ def test_a_loss_scale_restores_on_any_number_of_ranks(ranks, tmp_path):
 
 
 def test_a_rank_that_dies_in_the_background_is_noticed(tmp_path):
-    pool = Pool(2)
-    for connection in pool.connections:
-        connection.send((scene_death, (tmp_path,)))
-    kind, result = pool.connections[0].recv()
-    assert kind == "ok", result
-    pool.processes[1].join(10)
-    assert pool.processes[1].exitcode == 9
-    pool.processes[0].terminate()
-    pool.processes[0].join(10)
+    result = answer_after_a_death(scene_death, tmp_path)
     assert "a rank of the mesh {'data': 2} does not answer" in result["message"]
     assert result["names"] == ["step-00000001"]

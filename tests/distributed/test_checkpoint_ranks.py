@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import zfunc as zf
-from tests.distributed.pool import Pool
+from tests.distributed.pool import answer_after_a_death
 from tests.unit.checkpoint.states import (
     batch,
     contents,
@@ -332,15 +332,7 @@ def test_two_axes(ranks, tmp_path):
 
 
 def test_a_rank_that_dies_is_noticed(tmp_path):
-    pool = Pool(2)
-    for connection in pool.connections:
-        connection.send((scene_death, (tmp_path,)))
-    kind, result = pool.connections[0].recv()
-    assert kind == "ok", result
-    pool.processes[1].join(10)
-    assert pool.processes[1].exitcode == 9
-    pool.processes[0].terminate()
-    pool.processes[0].join(10)
+    result = answer_after_a_death(scene_death, tmp_path)
     assert "a rank of the mesh {'data': 2} does not answer" in result["message"]
     assert result["seconds"] < 30
     assert result["names"] == ["step-00000001"]

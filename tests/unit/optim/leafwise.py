@@ -152,3 +152,31 @@ OWED = (
     owed.test_moments_keep_structure_and_dtypes,
     owed.test_placed_updates_are_those_of_plain_trees,
 )
+
+
+def assert_zeros_stay_zeros(tx, dtype):
+    """Zero and empty gradients give zero updates, in float32, with float32 moments."""
+    params = {
+        "none": torch.ones(0, 3, dtype=dtype),
+        "nothing": torch.ones(2, 0, dtype=dtype),
+        "s": torch.ones((), dtype=dtype),
+        "w": torch.ones(3, 2, dtype=dtype),
+    }
+    updates, moments = tx.update(
+        tree_map(torch.zeros_like, params), tx.init(params), params
+    )
+    for u in tree_leaves(updates):
+        assert u.dtype == torch.float32
+        assert not u.any()
+    updates, moments = tx.update(params, moments, params)
+    assert all(u.isfinite().all() for u in tree_leaves(updates))
+    floats = [m for m in tree_leaves(moments) if m.is_floating_point()]
+    assert {m.dtype for m in floats} == {torch.float32}
+
+
+def assert_computed_in_float32(tx, params):
+    """Parameters and gradients in bfloat16 give what the same values in float32 do."""
+    wide = {k: p.to(torch.bfloat16).float() for k, p in params.items()}
+    narrow = tree_map(torch.Tensor.bfloat16, wide)
+    results = [tree_leaves(tx.update(p, tx.init(p), p)) for p in (wide, narrow)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -7,6 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zfunc as zf
+from tests.unit.optim.leafwise import (
+    assert_computed_in_float32,
+    assert_zeros_stay_zeros,
+)
 from zfunc.optim import adamw, apply_updates, lamb, scale_by_trust_ratio
 from zfunc.testing import random_tree
 
@@ -138,29 +142,12 @@ def test_what_is_not_finite_stays_visible():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("corrected", [True, False])
 def test_zeros_and_empty_leaves_give_zeros(dtype, corrected):
-    params = {
-        "none": torch.ones(0, 3, dtype=dtype),
-        "s": torch.ones((), dtype=dtype),
-        "w": torch.ones(3, 2, dtype=dtype),
-    }
     tx = lamb(0.1, eps=0.0, bias_correction=corrected)
-    zeros = zf.tree_map(torch.zeros_like, params)
-    updates, moments = tx.update(zeros, tx.init(params), params)
-    for u in zf.tree_leaves(updates):
-        assert u.dtype == torch.float32
-        assert not u.any()
-    updates, moments = tx.update(params, moments, params)
-    assert all(u.isfinite().all() for u in zf.tree_leaves(updates))
-    floats = [m for m in zf.tree_leaves(moments) if m.is_floating_point()]
-    assert {m.dtype for m in floats} == {torch.float32}
+    assert_zeros_stay_zeros(tx, dtype)
 
 
 def test_bfloat16_parameters_are_computed_in_float32():
-    wide = {k: p.to(torch.bfloat16).float() for k, p in random_tree(SHAPES, 0).items()}
-    narrow = zf.tree_map(torch.Tensor.bfloat16, wide)
-    tx = lamb(0.1, weight_decay=0.1)
-    results = [zf.tree_leaves(tx.update(p, tx.init(p), p)) for p in (wide, narrow)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert_computed_in_float32(lamb(0.1, weight_decay=0.1), random_tree(SHAPES, 0))
 
 
 # --- wrong uses ------------------------------------------------------------------

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 import zfunc as zf
+from tests.unit.optim.leafwise import (
+    assert_computed_in_float32,
+    assert_zeros_stay_zeros,
+)
 from zfunc.core.tree import leaves_with_path
 from zfunc.models import gpt
 from zfunc.models.gpt_config import GPTConfig
@@ -239,31 +243,11 @@ def test_the_decay_has_a_mask_of_its_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("arithmetic", [None, torch.bfloat16])
 def test_zeros_and_empty_leaves_give_zeros(dtype, arithmetic):
-    params = {
-        "none": torch.ones(0, 3, dtype=dtype),
-        "nothing": torch.ones(2, 0, dtype=dtype),
-        "s": torch.ones((), dtype=dtype),
-        "w": torch.ones(3, 2, dtype=dtype),
-    }
-    tx = muon(dtype=arithmetic)
-    moments = tx.init(params)
-    zeros = zf.tree_map(torch.zeros_like, params)
-    updates, moments = tx.update(zeros, moments, params)
-    for u in zf.tree_leaves(updates):
-        assert u.dtype == torch.float32
-        assert not u.any()
-    updates, moments = tx.update(params, moments, params)
-    assert all(u.isfinite().all() for u in zf.tree_leaves(updates))
-    floats = [m for m in zf.tree_leaves(moments) if m.is_floating_point()]
-    assert {m.dtype for m in floats} == {torch.float32}
+    assert_zeros_stay_zeros(muon(dtype=arithmetic), dtype)
 
 
 def test_bfloat16_parameters_are_computed_in_float32():
-    wide = {k: p.to(torch.bfloat16).float() for k, p in random_tree(SHAPES, 0).items()}
-    narrow = zf.tree_map(torch.Tensor.bfloat16, wide)
-    tx = scale_by_muon()
-    results = [zf.tree_leaves(tx.update(p, tx.init(p), p)) for p in (wide, narrow)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert_computed_in_float32(scale_by_muon(), random_tree(SHAPES, 0))
 
 
 # --- wrong uses ------------------------------------------------------------------
