@@ -23,7 +23,8 @@ NAMES = {
         StaticLossScale StructureError TraceError TrainState TrainStep
         Transform ZfuncError abstract accumulate all_gather all_to_all
         axis_index axis_size checkpoint core data donate eval_shape
-        from_dtensor global_norm jit make_mesh models optim partition pmean
+        from_ds_config from_dtensor global_norm jit make_mesh models optim partition
+        pmean
         ppermute precision psum psum_scatter random recovering remat reshard
         shard skip_nonfinite testing to_dtensor train_step tree_leaves tree_map
         unshard value_and_grad with_frozen
@@ -31,6 +32,10 @@ NAMES = {
     "zfunc.checkpoint": """
         Damage DamagedError Keep Newest Pending Restored latest list_steps remove_old
         restore restore_newest save save_async
+        """,
+    "zfunc.config": """
+        ConfigError Configured DataOptions Entry Interpretation Problem from_ds_config
+        interpret
         """,
     "zfunc.optim": """
         EmaMoments GradientTransformation KahanMoments Mask OneCycle
@@ -102,6 +107,8 @@ SIGNATURES = {
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
     "persistence_threshold=0, deterministic=False, virtual_shards=None)",
+    "from_ds_config": "(source, *, world=None, auto=None, total_steps=None, "
+    "optimizer=None)",
     "precision": "(policy, *, loss_scale=None)",
     "skip_nonfinite": "()",
     "with_frozen": "(loss_fn, frozen, *, axis='data')",
@@ -172,6 +179,13 @@ FIELDS = {
     "TrainStep": "loss tx grad accumulate scaling",
     "Metrics": "loss grad_norm skipped aux",
     "Mean": "total weight",
+    "config.Configured": "tx transforms jit data",
+    "config.Interpretation": "tx transforms jit data schedule shard stage precision "
+    "clipping entries defaults notes",
+    "config.Entry": "path value status became note",
+    "config.Problem": "path got expected instead",
+    "config.DataOptions": "train_batch_size micro_batch_size accumulation_steps world "
+    "drop_last seed",
     "checkpoint.Restored": "state cursor meta",
     "checkpoint.Newest": "path restored damaged",
     "checkpoint.Damage": "path why",

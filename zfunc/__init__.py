@@ -7,6 +7,7 @@ from . import data as data
 from . import models as models
 from . import optim as optim
 from . import testing as testing
+from .config import from_ds_config as from_ds_config
 from .core import random as random
 from .core.autodiff import abstract as abstract
 from .core.autodiff import eval_shape as eval_shape
