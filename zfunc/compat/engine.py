@@ -316,8 +316,33 @@ class Engine:
         return self._mesh.device
 
     def get_lr(self) -> list[float]:
-        """The learning rate of the next update."""
+        """The learning rate of the next update.
+
+        Raises:
+          CompatError: the optimizer was given and knows it alone.
+        """
+        if self._setting.lr is None:
+            raise CompatError(
+                "engine.get_lr(): the rate is in the optimizer that initialize was "
+                "given: give a function of the schedule, as lambda rate: "
+                'zf.optim.adamw(rate), and a section "scheduler"'
+            )
         return [self._setting.lr(self.global_steps - self.skipped_steps)]
+
+    @property
+    def local_rank(self) -> int:
+        """Of this process on its machine; 0 outside of a job."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process in the job."""
+        return int(self._mesh.rank)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self._mesh.size
 
     def get_global_grad_norm(self) -> float | None:
         """The norm of the last update's gradient, before clipping; None before one."""

@@ -20,9 +20,13 @@ class Setting(NamedTuple):
       zero: The stage.
       accumulation: Microbatches per update.
       micro_batch: Samples per rank and microbatch.
-      lr: From the number of updates to the learning rate of the next.
-      storage: The dtype of the state.
-      compute: The dtype of the forward; None for the state's.
+      lr: From the number of updates to the learning rate of the next; None where the
+        optimizer that was given knows it alone.
+      spec: For ``shard``.
+      storage: The dtype of the state; None keeps each parameter's.
+      compute: What frozen parameters and buffers are cast to; None casts none.
+      drop_last: Whether the data loader drops a last batch that is not full.
+      has_scheduler: Whether the configuration has a section ``scheduler``.
     """
 
     tx: Any
@@ -30,6 +34,9 @@ class Setting(NamedTuple):
     zero: int
     accumulation: int
     micro_batch: int
-    lr: Callable[[int], float]
-    storage: torch.dtype = torch.float32
+    lr: Callable[[int], float] | None
+    spec: Any = None
+    storage: torch.dtype | None = None
     compute: torch.dtype | None = None
+    drop_last: bool = False
+    has_scheduler: bool = False

@@ -6,8 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import zfunc as zf
-from zfunc.compat.engine import Engine
-from zfunc.compat.modules import take_over
+from zfunc.compat import bridge
 from zfunc.compat.setting import Setting
 
 LR = 1e-2
@@ -57,7 +56,6 @@ def engine_of(
     mesh = zf.make_mesh({"data": dist.get_world_size() if dist.is_initialized() else 1})
     parts = [] if clip is None else [zf.optim.clip_by_global_norm(clip)]
     tx = zf.optim.chain(*parts, zf.optim.adamw(LR, weight_decay=0.01))
-    params, model = take_over(module, None, mesh, compute)
     setting = Setting(
         tx,
         (zf.partition(zero=zero), *transforms),
@@ -65,11 +63,11 @@ def engine_of(
         accumulation,
         6,
         lambda count: LR,
+        spec=zf.P() if zero == 0 else None,
+        storage=torch.float32,
         compute=compute,
     )
-    spec = zf.P() if zero == 0 else None
-    state = zf.shard(params, mesh, tx=tx, spec=spec, dtype=torch.float32)
-    return Engine(model, state, mesh, setting)
+    return bridge.engine_of(module, setting, mesh)
 
 
 def torch_run(kind, steps, accumulation=1, world=1, clip=None, loss_of=None):
