@@ -12,6 +12,7 @@ import typer
 from zfunc.cli.bench import bench_app
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
+from zfunc.cli.config_command import config_app
 from zfunc.cli.lr_find import lr_find_command
 from zfunc.cli.plan import plan_command
 from zfunc.cli.replay import replay_command
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
 app.command("lr-find")(lr_find_command)
 app.command("plan")(plan_command)
 app.command("replay")(replay_command)

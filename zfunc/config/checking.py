@@ -152,18 +152,19 @@ class _Walk:
             )
 
     def _leaf(self, key: Key, value: Any) -> None:
-        note = ""
+        note, said = "", value
         if isinstance(value, str) and value == AUTO:
             if key.path not in self.auto:
                 self.autos.append(key.path)
                 default = shown(key.default)
                 self.entries.append(_entry(key, value, f"auto: the default, {default}"))
                 return
-            value, note = self.auto[key.path], "auto: given by the caller"
+            value = self.auto[key.path]
+            note = f"auto: {shown(value)}, given by the caller"
         elif key.path in self.auto and key.path not in _NEVER_COMPARED:
             self._compare(key, value)
         if value is None and (key.default is None or key.gate or key.is_off(None)):
-            self.entries.append(_entry(key, value, note))
+            self.entries.append(_entry(key, said, note))
             return
         try:
             checked = key.kind.check(value)
@@ -179,7 +180,7 @@ class _Walk:
             self._problem(key.path, shown(value), *_not_here(key))
             return
         self.values[key.path] = checked
-        self.entries.append(_entry(key, value, note))
+        self.entries.append(_entry(key, said, note))
 
     def _compare(self, key: Key, value: Any) -> None:
         wanted = self.auto[key.path]
@@ -292,7 +293,7 @@ def _suggestion(path: str, known: Any, otherwise: str) -> str:
     near = sorted(nearest(name, beside))
     if near:
         return f"type {_either(near)}"
-    elsewhere = sorted(each for each in KEYS if _last(each) == name)
+    elsewhere = sorted(each for each in EVERY_PATH if _last(each) == name)
     if elsewhere:
         return f"did you mean {_either(elsewhere[:3])}"
     return otherwise

@@ -12,7 +12,9 @@ import torch
 
 from zfunc.config.batch import DataOptions, batch_sizes, check_world
 from zfunc.config.checking import Checked, Entry, check
+from zfunc.config.effects import Context, defaults_of, explained
 from zfunc.config.errors import ConfigError
+from zfunc.config.keys_training import BATCH
 from zfunc.config.keys_zero import ZERO
 from zfunc.config.numerics import Numerics, numerics
 from zfunc.config.programs import jit_options
@@ -226,22 +228,32 @@ def _interpretation(
     shard: dict[str, Any] = {} if stage else {"spec": P()}
     if numbers.storage is not None:
         shard["dtype"] = numbers.storage
-    sizes = [
+    gather_bytes, reduce_bytes = (
         (dtype or torch.float32).itemsize
         for dtype in (numbers.gather_dtype, numbers.reduce_dtype)
-    ]
+    )
+    sizes = data.train_batch_size, data.micro_batch_size, data.accumulation_steps
+    context = Context(
+        stage,
+        numbers,
+        gather_bytes,
+        reduce_bytes,
+        bool(checked.values.get("fp16.loss_scale")),
+        update.lr_is_read,
+        dict(zip(BATCH, sizes, strict=True)),
+    )
     return Interpretation(
         tx=update.tx,
         transforms=(placed, *numbers.transforms, *split),
-        jit=jit_options(checked.values, stage, *sizes),
+        jit=jit_options(checked.values, stage, gather_bytes, reduce_bytes),
         data=data,
         schedule=update.schedule,
         shard=shard,
         stage=stage,
         precision=numbers.compute,
         clipping=update.clipping,
-        entries=checked.entries,
-        defaults=(),
+        entries=explained(checked, context),
+        defaults=defaults_of(checked, context, update.defaults),
         notes=(*checked.notes, *update.notes),
     )
 

@@ -98,9 +98,7 @@ _TOP: Final[tuple[Key, ...]] = (
     meaningless("dump_state", BOOL, False, "prints DeepSpeed's engine"),
     meaningless("log_level", TEXT, None, "of DeepSpeed's logger"),
     meaningless("disable_python_gc", BOOL, False, "of DeepSpeed's process"),
-    meaningless(
-        "disable_allgather", BOOL, False, "of DeepSpeed's engine; no effect there"
-    ),
+    meaningless("disable_allgather", BOOL, False, "of DeepSpeed's engine"),
     meaningless(
         "zero_allow_untested_optimizer", BOOL, False, "every optimizer here is tested"
     ),

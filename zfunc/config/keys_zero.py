@@ -161,9 +161,18 @@ _FEATURES: Final[tuple[Key, ...]] = (
         "not here, and DeepSpeed removed it: type false",
     ),
     _key(planned, "zenflow", ANYTHING, None, "not here yet: delete it"),
-    _key(planned, "cpu_offload", BOOL, None, "offload is not here yet: type false"),
-    _key(
-        planned, "cpu_offload_param", BOOL, None, "offload is not here yet: type false"
+    *(
+        planned(
+            f"{ZERO}{name}",
+            BOOL,
+            None,
+            f"deprecated for `{new}`; offload is not here yet: type false",
+            off=(False,),
+        )
+        for name, new in (
+            ("cpu_offload", "offload_optimizer"),
+            ("cpu_offload_param", "offload_param"),
+        )
     ),
     _key(meaningless, "cpu_offload_use_pin_memory", BOOL, None, "of offload"),
 )

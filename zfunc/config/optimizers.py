@@ -135,7 +135,8 @@ def _adam_uncorrected(
 ) -> GradientTransformation:
     if callable(b1):
         raise ValueError(
-            "OneCycle with bias_correction false: type cycle_momentum false"
+            "one_cycle: cycle_momentum is true and bias_correction false, expected one "
+            'of them the other way; type "cycle_momentum": false'
         )
     eps, decay = params["eps"], add_decayed_weights(params["weight_decay"])
     means = scale_by_adam(b1, b2, eps)._replace(update=_uncorrected(b1, b2, eps))
@@ -181,7 +182,8 @@ def _lion(params: Params, rates: Rates, _: Schedule) -> GradientTransformation:
 def _check_no_momentum(name: str, rates: Rates) -> None:
     if rates.momentum is not None:
         raise ValueError(
-            f"OneCycle cycles no momentum of {name} here: type cycle_momentum false"
+            f"one_cycle: cycle_momentum is true with {name}, expected false: only "
+            'Adam has a schedule for its first beta; type "cycle_momentum": false'
         )
 
 

@@ -36,12 +36,16 @@ class Update(NamedTuple):
       schedule: Its rate.
       clipping: The bound of the norm; 0.0 is none.
       notes: What is worth reading.
+      lr_is_read: Whether the optimizer's own rate is.
+      defaults: Keys and values of parameters that are not given.
     """
 
     tx: GradientTransformation
     schedule: Schedule
     clipping: float
     notes: tuple[str, ...]
+    lr_is_read: bool
+    defaults: tuple[tuple[Key, Any], ...]
 
 
 def make_update(
@@ -71,7 +75,7 @@ def make_update(
     missing = _check_client(checked, name, client, wrong, problems)
     if missing or problems or {"optimizer", "scheduler"} & wrong:
         return None
-    notes = _notes(checked, name, scheduler, params, rates_of, total_steps)
+    notes = _notes(name, scheduler, params, rates_of, total_steps)
     try:
         schedule, tx = _made(name, params, scheduler, rates_of, client)
     except (TypeError, ValueError) as error:
@@ -79,7 +83,18 @@ def make_update(
         return None
     if clipping:
         tx = chain(clip_by_global_norm(clipping), tx)
-    return Update(tx, schedule, clipping, notes)
+    keys = (
+        *(OPTIMIZERS[name].keys if name else ()),
+        *(SCHEDULERS[scheduler] if scheduler else ()),
+    )
+    values = {**_effective(name, params), **rates_of} if name else rates_of
+    defaults = tuple(
+        (key, values[key.path.rpartition(".")[2]])
+        for key in keys
+        if key.status == SUPPORTED and key.path not in checked.values
+    )
+    is_read = not _is_absolute(scheduler, rates_of)
+    return Update(tx, schedule, clipping, notes, is_read, defaults)
 
 
 def _made(
@@ -204,11 +219,15 @@ def _fitting(error: Exception, scheduler: str | None) -> Problem:
     return Problem(f"{section}.params", got, expected, instead or "change one of them")
 
 
-_SCHEDULES: Final = ("warmup_", "one_cycle", "lr_range_test", "OneCycle")
+_SCHEDULES: Final = ("warmup_", "one_cycle", "lr_range_test")
+
+
+def _is_absolute(scheduler: str | None, rates_of: dict[str, Any]) -> bool:
+    """Whether the schedule does not depend on the optimizer's own rate."""
+    return scheduler in ABSOLUTE or rates_of.get("warmup_max_lr") is not None
 
 
 def _notes(
-    checked: Checked,
     name: str | None,
     scheduler: str | None,
     params: dict[str, Any],
@@ -216,10 +235,7 @@ def _notes(
     total_steps: int | None,
 ) -> tuple[str, ...]:
     notes = []
-    absolute = scheduler in ABSOLUTE or (
-        scheduler == "WarmupLR" and rates_of["warmup_max_lr"] is not None
-    )
-    if absolute and name and not params["lr_default"]:
+    if _is_absolute(scheduler, rates_of) and name and not params["lr_default"]:
         notes.append(f"optimizer.params.lr is not read: {scheduler} says the rate.")
     if name == "Adam" and params["adam_w_mode"]:
         notes.append("Adam decays as AdamW does: adam_w_mode is true.")
