@@ -155,7 +155,9 @@ def setting_of(
         zero=made.stage,
         accumulation=made.data.accumulation_steps,
         micro_batch=made.data.micro_batch_size,
-        lr=None if owns_rate else lambda count: float(made.schedule(torch.tensor(count))),
+        lr=None
+        if owns_rate
+        else lambda count: float(made.schedule(torch.tensor(count))),
         spec=made.shard.get("spec"),
         storage=made.shard.get("dtype", torch.float32 if half else None),
         compute=DTYPES[made.precision] if half else None,

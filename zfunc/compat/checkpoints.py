@@ -96,14 +96,14 @@ def read(
     return newest_in(root) or root, restore(root, like)
 
 
-def refuse_theirs(folder: Path) -> None:
+def refuse_theirs(folder: str | os.PathLike[str]) -> None:
     """Raise where a folder holds a checkpoint that DeepSpeed itself wrote.
 
     Raises:
       CompatError: with how to take its weights over.
     """
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    theirs = [name for name in names if _THEIRS.match(name)]
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    theirs = [name for name in sorted(names) if _THEIRS.match(name)]
     if theirs:
         raise CompatError(
             f"{folder} is a checkpoint of DeepSpeed ({theirs[0]}), which zfunc does "

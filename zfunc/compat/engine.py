@@ -37,6 +37,7 @@ class Now(NamedTuple):
       total: The microbatches' tallies and reduced gradients so far.
       pending: Whether a backward waits for its ``step()``.
       micro_steps: Calls of ``step()`` so far.
+      boundary: Whether the next ``step()`` updates, where the script said so.
       returns_loss: Whether the module returned its loss, by the form of the call.
     """
 
@@ -45,6 +46,7 @@ class Now(NamedTuple):
     total: Pair | None = None
     pending: bool = False
     micro_steps: int = 0
+    boundary: bool | None = None
     returns_loss: tuple[tuple[Any, bool], ...] = ()
 
 
@@ -96,8 +98,8 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool = True) -> Any:
         """Add up the gradient of a loss that was made of the last call's outputs.
 
-        Every rank calls it. The gradient is divided by the number of microbatches,
-        unless ``scale_wrt_gas`` is False.
+        Every rank calls it. The gradient is divided by
+        ``gradient_accumulation_steps()``, unless ``scale_wrt_gas`` is False.
 
         Raises:
           CompatError: the loss is detached, of an older call, or depends on anything
@@ -105,19 +107,20 @@ class Engine:
         """
         now = self._now
         given = self._checked(loss)
-        factor = 1.0 if scale_wrt_gas else float(self._setting.accumulation)
+        share = 1.0 / self._setting.accumulation if scale_wrt_gas else 1.0
         slope = microbatch.slope_of(loss, given)
         row = [float("nan") if slope is None else float(slope), float(loss.detach())]
         mine = torch.tensor([row], dtype=torch.float64, device=self.device)
         rows = collectives.all_gather(mine, AXIS, self._mesh)
         # Reduced gradients are right where all ranks multiply theirs by one number.
         if bool((rows[:, 0] == rows[0, 0]).all()):
-            grads, factor = cast(Pair, given.pair)[1], factor * float(rows[0, 0])
+            grads, factor = cast(Pair, given.pair)[1], share * float(rows[0, 0])
         else:
-            grads = microbatch.weighted(
-                self._build, self._model, now.state, given, loss
-            )[1]
-        tally = Tally(Mean(rows[:, 1].sum(), rows.new_full((), len(rows))), {})
+            build, model, state = self._build, self._model, now.state
+            grads = microbatch.weighted(build, model, state, given, loss)[1]
+            factor = share
+        ranks = rows.new_full((), len(rows) if now.total is None else 0)
+        tally = Tally(Mean(rows[:, 1].sum() * share, ranks), {})
         total = microbatch.added(now.total, (tally, grads), factor)
         self._now = now._replace(given=None, total=total, pending=True)
         return loss
@@ -167,7 +170,8 @@ class Engine:
         if not now.pending:
             raise CompatError("engine.step() without a backward: call it after each")
         last = self.is_gradient_accumulation_boundary()
-        now = now._replace(pending=False, micro_steps=now.micro_steps + 1)
+        count = now.micro_steps + 1
+        now = now._replace(pending=False, micro_steps=count, boundary=None)
         if last:
             state = microbatch.applied(self._build, now.state, cast(Pair, now.total))
             now = now._replace(state=state, total=None)
@@ -329,6 +333,13 @@ class Engine:
             )
         return [self._setting.lr(self.global_steps - self.skipped_steps)]
 
+    def last_lr(self) -> float:
+        """The learning rate of the last update, left out or not."""
+        if self._setting.lr is None or not self.global_steps:
+            return self.get_lr()[0]
+        done = 1 - int(self._now.state.metrics.skipped)
+        return self._setting.lr(self.global_steps - self.skipped_steps - done)
+
     @property
     def local_rank(self) -> int:
         """Of this process on its machine; 0 outside of a job."""
@@ -351,7 +362,13 @@ class Engine:
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next ``step()`` updates."""
+        if self._now.boundary is not None:
+            return self._now.boundary
         return (self._now.micro_steps + 1) % self._setting.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the next ``step()`` updates; after it, counting says so again."""
+        self._now = self._now._replace(boundary=bool(is_boundary))
 
     def gradient_accumulation_steps(self) -> int:
         """Microbatches per update."""
