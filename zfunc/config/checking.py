@@ -18,6 +18,11 @@ EVERY_PATH: Final = frozenset(
     + [key.path for each in OPTIMIZERS.values() for key in each.keys]
     + [key.path for keys in SCHEDULERS.values() for key in keys]
 )
+_CHOSEN: Final = tuple(
+    f"{section}.{name}"
+    for section in ("optimizer", "scheduler")
+    for name in ("type", "params")
+)
 AUTO: Final = "auto"
 OFF: Final = "off"
 # transformers fills these in only where the file says "auto".
@@ -115,7 +120,7 @@ class _Walk:
         )
 
     def _problem(self, path: str, got: str, expected: str, instead: str) -> None:
-        self.problems.append(Problem(path, got, expected, instead))
+        self.problems.append(Problem(path or '""', got, expected, instead))
 
     def _section(self, raw: Mapping[Any, Any], prefix: str) -> None:
         for name, value in raw.items():
@@ -129,7 +134,7 @@ class _Walk:
             elif path in SECTIONS:
                 self._deeper(path, value)
             else:
-                known = [k for k in (*self.keys, *SECTIONS) if k.startswith(prefix)]
+                known = [*self.keys, *SECTIONS, *_CHOSEN]
                 near = _suggestion(path, known, "delete it")
                 self._problem(path, shown(value), "a key that exists", near)
 
@@ -163,7 +168,8 @@ class _Walk:
             note = f"auto: {shown(value)}, given by the caller"
         elif key.path in self.auto and key.path not in _NEVER_COMPARED:
             self._compare(key, value)
-        if value is None and (key.default is None or key.gate or key.is_off(None)):
+        optional = key.default is None or key.status in (PLANNED, REFUSED)
+        if value is None and optional:
             self.entries.append(_entry(key, said, note))
             return
         try:

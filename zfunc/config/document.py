@@ -58,9 +58,9 @@ error where it is on |
 
 A key that does not exist is an error too, at the top as well. `"auto"` is DeepSpeed's
 default, or what `auto={{...}}` (on the command line `--auto PATH=VALUE`) says; batch
-sizes and the steps of a schedule have no default. The file may have comments; a key that is
-there twice is an error. A section without `enabled` whose options are not listed is not
-read, unless all that it says is `"enabled": false`.
+sizes and the steps of a schedule have no default. The file may have comments; a key
+that is there twice is an error. Of a section that is not here, `"enabled": false` is
+read and nothing else.
 """
 _ORDER: Final = (
     ("Training", ("", "optimizer")),

@@ -224,7 +224,8 @@ def _interpretation(
         reduce_dtype=numbers.reduce_dtype,
         **options,
     )
-    split = [accumulate(data.accumulation_steps)] * (data.accumulation_steps > 1)
+    steps = data.accumulation_steps
+    split = (accumulate(steps),) if steps > 1 else ()
     shard: dict[str, Any] = {} if stage else {"spec": P()}
     if numbers.storage is not None:
         shard["dtype"] = numbers.storage

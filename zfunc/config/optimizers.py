@@ -18,6 +18,7 @@ from zfunc.config.kinds import (
     NOT_NEGATIVE,
     RATE,
     Kind,
+    number,
     one_of,
 )
 from zfunc.config.schedules import Rates
@@ -354,7 +355,7 @@ OPTIMIZERS: Final[Mapping[str, Optimizer]] = MappingProxyType(
         "Adafactor": Optimizer(
             (
                 *_shared(1e-2),
-                *_options(("d", NOT_NEGATIVE, 1.0, "`clip`")),
+                *_options(("d", number(1, example=1.0), 1.0, "`clip`")),
                 *_TORCH,
             ),
             _adafactor,

@@ -38,7 +38,7 @@ def read(source: Any) -> tuple[str, dict[Any, Any]]:
     """
     if isinstance(source, Mapping):
         return "the dict", dict(source)
-    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
+    if isinstance(source, Path) or (source and _is_file(source)):
         try:
             text = Path(source).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -55,9 +55,9 @@ def read(source: Any) -> tuple[str, dict[Any, Any]]:
     return "base64", parse(text, "base64")
 
 
-def _is_file(source: str) -> bool:
+def _is_file(source: Any) -> bool:
     try:
-        return Path(source).exists()
+        return isinstance(source, str) and Path(source).exists()
     except (OSError, ValueError):  # base64 can be longer than a name of a file
         return False
 

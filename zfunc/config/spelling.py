@@ -25,7 +25,7 @@ def distance(one: str, other: str) -> int:
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """The names that are meant, perhaps: nearest first, of equally near ones all.
+    """The names that are meant, perhaps: one edit away, with its words, or nearest.
 
     Args:
       name: What was typed.
@@ -34,10 +34,18 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     Examples:
       >>> nearest("optimzer", ["optimizer", "scheduler"]), nearest("x", ["optimizer"])
       (['optimizer'], [])
+      >>> nearest("warmup_steps", ["warmup_type", "warmup_num_steps"])
+      ['warmup_num_steps']
     """
     short = name[:100].lower()
+    names = list(names)
     apart = {each: distance(short, each.lower()) for each in dict.fromkeys(names)}
     least = min(apart.values(), default=0)
+    if least > 1:
+        words = set(short.split("_"))
+        whole = [each for each in names if words < set(each.lower().split("_"))]
+        if len(words) > 1 and whole:
+            return whole
     if least > max(1, len(short) // 3):
         return []
     return [each for each, far in apart.items() if far == least]
