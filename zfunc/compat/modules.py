@@ -43,13 +43,13 @@ def take_over(
     named = dict(module.named_parameters())
     params = {name: named[name].detach().to(mesh.device) for name in names}
     frozen = {name: p.detach() for name, p in named.items() if name not in params}
-    rest = {
-        name: _cast(x.to(mesh.device), compute)
-        for name, x in {**frozen, **dict(module.named_buffers())}.items()
-    }
+    others = {**frozen, **dict(module.named_buffers())}
+    others = {name: x.to(mesh.device) for name, x in others.items()}
     if mesh.kind == "process":
-        params, rest = _of_rank_0(params), _of_rank_0(rest)
+        params, others = _of_rank_0(params), _of_rank_0(others)
+    _replace(module, others)
     _replace(module, {n: torch.empty_like(named[n], device="meta") for n in names})
+    rest = {name: _cast(x, compute) for name, x in others.items()}
     shell = copy.deepcopy(module)
     module.register_forward_pre_hook(_refuse)
     module.register_state_dict_pre_hook(_refuse)
@@ -163,13 +163,18 @@ def _of_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _replace(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Put other tensors in the place of parameters, shared ones shared again."""
-    named = dict(module.named_parameters())
-    new = {id(named[name]): nn.Parameter(value) for name, value in values.items()}
+    """Put other tensors in the place of some, shared ones shared again."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    new: dict[int, Any] = {id(x): values[name] for name, x in named if name in values}
+    for old in dict(module.named_parameters()).values():
+        if id(old) in new:
+            new[id(old)] = nn.Parameter(new[id(old)], old.requires_grad)
     for part in module.modules():
-        for name, old in part._parameters.items():
-            if id(old) in new:
-                part._parameters[name] = new[id(old)]
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for table in tables:
+            for name, old in table.items():
+                if id(old) in new:
+                    table[name] = new[id(old)]
 
 
 def _refuse(*_: Any) -> NoReturn:

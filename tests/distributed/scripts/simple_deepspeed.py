@@ -1,6 +1,6 @@
 #!/usr/bin/env -S deepspeed --num_gpus 2
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: I001 (one line of imports is all that differs between two scripts)
+# isort: off
 import deepspeed
 import torch
 from torch import nn

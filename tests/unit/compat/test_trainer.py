@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer: transformers' own numbers, from the same TrainingArguments."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.compat.trainers import arguments, config, llama, logged, ours, theirs
+from zfunc.compat import CompatError
+from zfunc.config import ConfigError
+
+ADAMW = {
+    "type": "AdamW",
+    "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+}
+WARMUP = {
+    "type": "WarmupLR",
+    "params": {
+        "warmup_min_lr": "auto",
+        "warmup_max_lr": "auto",
+        "warmup_num_steps": "auto",
+        "warmup_type": "linear",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(capsys):
+    yield
+    capsys.readouterr()
+
+
+def trained(trainer):
+    """Before another is made: each sets torch's seed."""
+    trainer.train()
+    return trainer
+
+
+def near(rows):
+    return [pytest.approx(row, rel=1e-5, abs=1e-6) for row in rows]
+
+
+def test_losses_norms_and_rates_are_those_of_transformers(tmp_path):
+    """Dropout, token counts that differ, an epoch that ends amid a step."""
+    mine = trained(ours(tmp_path, config()))
+    plain = trained(theirs(tmp_path))
+    assert len(logged(mine)) == 6
+    assert logged(mine) == near(logged(plain))
+    assert mine.evaluate()["eval_loss"] == pytest.approx(
+        plain.evaluate()["eval_loss"], rel=1e-5
+    )
+    predicted = mine.predict(mine.eval_dataset).predictions
+    expected = plain.predict(plain.eval_dataset).predictions
+    assert predicted == pytest.approx(expected, abs=1e-5)
+    mine.save_model(tmp_path / "end")
+    saved = load_file(tmp_path / "end" / "model.safetensors")
+    for name, value in plain.model.state_dict().items():
+        if name in saved:
+            torch.testing.assert_close(saved[name], value, rtol=0, atol=2e-6)
+    assert len(saved) > 10
+
+
+def test_an_optimizer_of_the_configuration_with_the_arguments_schedule(tmp_path):
+    mine = trained(ours(tmp_path, config(1, optimizer=ADAMW), weight_decay=0.0))
+    plain = trained(theirs(tmp_path, weight_decay=0.0))
+    assert logged(mine) == near(logged(plain))
+
+
+def test_a_schedule_of_the_configuration(tmp_path):
+    mine = ours(tmp_path, config(2, optimizer=ADAMW, scheduler=WARMUP), max_steps=4)
+    mine.train()
+    # DeepSpeed's first two updates are at the least rate.
+    assert [rate for _, _, rate in logged(mine)] == pytest.approx([0, 0, 0.005, 0.01])
+
+
+def test_bf16_needs_no_autocast(tmp_path):
+    mine = ours(tmp_path, config(bf16={"enabled": "auto"}), bf16=True)
+    mine.train()
+    plain = theirs(tmp_path)
+    plain.train()
+    for (loss, *_), (want, *_) in zip(logged(mine), logged(plain), strict=True):
+        assert loss == pytest.approx(want, rel=0.02)
+    assert mine.engine.module.model.norm.weight.dtype == torch.float32
+
+
+def test_saving_and_going_on(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config()))
+    whole = ours(tmp_path / "a", str(path))
+    whole.train()
+    half = ours(tmp_path / "b", str(path), save_strategy="steps", save_steps=3)
+    half.train()
+    folder = tmp_path / "b" / "checkpoint-3"
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"model.safetensors", "global_step3", "latest", "config.json"}
+    rest = ours(tmp_path / "b", config(1), save_strategy="steps", save_steps=3)
+    rest.train(resume_from_checkpoint=str(folder))
+    assert logged(rest) == near(logged(whole))
+    assert type(llama()).from_pretrained(folder).config.hidden_size == 16
+    (folder / "latest").unlink()
+    with pytest.raises(CompatError, match="no checkpoint of zfunc to go on from"):
+        rest.train(resume_from_checkpoint=str(folder))
+
+
+def test_the_best_model_is_put_back(tmp_path):
+    mine = ours(
+        tmp_path,
+        config(),
+        max_steps=4,
+        learning_rate=0.5,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+    )
+    mine.train()
+    losses = [row["eval_loss"] for row in mine.state.log_history if "eval_loss" in row]
+    assert min(losses) < losses[-1]
+    assert mine.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_train_again_goes_on_from_where_it_is(tmp_path):
+    mine = ours(tmp_path, config(), max_steps=2)
+    mine.train()
+    first = logged(mine)
+    mine.train()
+    assert logged(mine)[0][0] < first[0][0]
+
+
+def test_every_mismatch_at_once(tmp_path):
+    wrong = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.2}}
+    given = config(optimizer=wrong)
+    given["gradient_clipping"] = 2.0
+    mine = ours(tmp_path, given)
+    with pytest.raises(ConfigError) as raised:
+        mine.train()
+    paths = {problem.path for problem in raised.value.problems}
+    assert paths == {
+        "gradient_clipping",
+        "optimizer.params.lr",
+        "optimizer.params.weight_decay",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_checkpointing": True}, "torch.func does not support it"),
+        ({"auto_find_batch_size": True}, "the batch size is in ds_config too"),
+        ({"neftune_noise_alpha": 5.0}, "needs hooks of the module"),
+    ],
+)
+def test_arguments_that_have_no_meaning(tmp_path, changes, message):
+    with pytest.raises(CompatError, match=message):
+        ours(tmp_path, config(), **changes)
+
+
+def test_schedules_and_optimizers_that_are_not_here(tmp_path):
+    with pytest.raises(CompatError, match="looks at the loss"):
+        ours(
+            tmp_path,
+            config(),
+            lr_scheduler_type="reduce_lr_on_plateau",
+            eval_strategy="steps",
+        ).train()
+    with pytest.raises(CompatError, match="optim is 'adafactor'"):
+        ours(tmp_path, config(), optim="adafactor").train()
+    with pytest.raises(CompatError, match="the optimizer SGD and no section scheduler"):
+        ours(tmp_path, config(optimizer={"type": "SGD"})).train()
+    assert arguments(tmp_path).optim.value in ("adamw_torch", "adamw_torch_fused")
