@@ -23,8 +23,8 @@ NAMES = {
         StaticLossScale StructureError TraceError TrainState TrainStep
         Transform ZfuncError abstract accumulate all_gather all_to_all
         axis_index axis_size checkpoint core data donate eval_shape
-        from_ds_config from_dtensor global_norm jit make_mesh models optim partition
-        pmean
+        from_ds_config from_dtensor generate global_norm jit make_mesh models optim
+        partition pmean
         ppermute precision psum psum_scatter random recovering remat reshard
         shard skip_nonfinite testing to_dtensor train_step tree_leaves tree_map
         unshard value_and_grad with_frozen
@@ -110,6 +110,9 @@ SIGNATURES = {
     "from_ds_config": "(source, *, world=None, auto=None, total_steps=None, "
     "optimizer=None)",
     "precision": "(policy, *, loss_scale=None)",
+    "generate": "(apply, params, ids, *, max_new_tokens, attention_mask=None, "
+    "temperature=0.0, top_k=None, top_p=None, eos=None, pad=None, key=0, jit=True)",
+    "models.decoder": "(loss_fn)",
     "skip_nonfinite": "()",
     "with_frozen": "(loss_fn, frozen, *, axis='data')",
     "DynamicLossScale": "(initial_scale_power=16, loss_scale_window=1000, "
@@ -179,6 +182,8 @@ FIELDS = {
     "TrainStep": "loss tx grad accumulate scaling",
     "Metrics": "loss grad_norm skipped aux",
     "Mean": "total weight",
+    "models.Decoder": "init_cache apply max_positions vocab_size encode start programs",
+    "inference.Generated": "ids lengths finished",
     "config.Configured": "tx transforms jit data",
     "config.Interpretation": "tx transforms jit data schedule shard stage precision "
     "clipping entries defaults notes",

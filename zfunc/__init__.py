@@ -20,6 +20,7 @@ from .core.collectives import pmean as pmean
 from .core.collectives import ppermute as ppermute
 from .core.collectives import psum as psum
 from .core.collectives import psum_scatter as psum_scatter
+from .inference import generate as generate
 from .interop import from_dtensor as from_dtensor
 from .interop import to_dtensor as to_dtensor
 from .transforms.donation import donate as donate

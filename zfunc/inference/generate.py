@@ -79,7 +79,7 @@ def generate(
     take the same number of steps: they stop when the last row of the last rank ends.
 
     Args:
-      apply: A ``Decoder`` (``zf.models.gpt_decoder.decoder(config)``), or any causal
+      apply: A ``Decoder`` (``zf.models.decoder(...)``), or any causal
         function ``(params, ids)`` to logits ``[B, T, V]``, which is run on the whole
         text for each token.
       params: What ``apply`` takes, whole or placed over a mesh.
@@ -114,11 +114,11 @@ def generate(
     ``generate``.
 
     Examples:
-      >>> from zfunc.models import GPTConfig, gpt, gpt_decoder
+      >>> from zfunc.models import GPTConfig, decoder, gpt
       >>> config = GPTConfig(d_model=32, n_layers=1, d_ff=64)
       >>> prompt = torch.tensor([[72, 101, 108, 108, 111]])
-      >>> decoder, params = gpt_decoder.decoder(config), gpt.init(config)
-      >>> generate(decoder, params, prompt, max_new_tokens=3).ids.shape
+      >>> params = gpt.init(config)
+      >>> generate(decoder(config), params, prompt, max_new_tokens=3).ids.shape
       torch.Size([1, 8])
 
     Differs from:

@@ -3,7 +3,9 @@
 
 from . import gpt as gpt
 from .attention import causal_attention as causal_attention
+from .decoding import Decoder as Decoder
 from .gpt_config import GPTConfig as GPTConfig
+from .hf.decoder import decoder as decoder
 from .hf.errors import ModelError as ModelError
 from .hf.from_hf import from_hf as from_hf
 from .hf.from_module import ModuleLoss as ModuleLoss

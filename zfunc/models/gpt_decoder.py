@@ -128,5 +128,6 @@ def _attention(
         attn_mask=mask,
         enable_gqa=config.n_kv_heads != config.n_heads,
     )
-    y_BTD = F.linear(y_BHTK.transpose(1, 2).flatten(2), weights["o"])
+    y_ND = y_BHTK.transpose(1, 2).reshape(-1, weights["o"].shape[1])
+    y_BTD = F.linear(y_ND, weights["o"]).view_as(x_BTD)
     return y_BTD, k_BGSK, v_BGSK

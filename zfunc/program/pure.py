@@ -26,6 +26,11 @@ Step = Callable[[PyTree, PyTree], PyTree]
 _IN_PLACE: Final = (
     (torch.ops.aten.index_copy.default, torch.ops.aten.index_copy_.default),
 )
+_BMM: Final = torch.ops.aten.bmm.default
+_MM: Final = torch.ops.aten.mm.default
+_EXPAND: Final = torch.ops.aten.expand.default
+_RESHAPE: Final = torch.ops.aten.reshape.default
+_VIEW: Final = torch.ops.aten.view.default
 # What repeating each head is traced to, last call first.
 _REPEATS: Final = (
     (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default),
@@ -105,7 +110,30 @@ def lowered(fn: Step, kept: PyTree, state: PyTree) -> Program:
         frozenset(states),
         traced.out_spec,
     )
-    return write_into(group_heads(simplify(program)))
+    return write_into(group_heads(one_product(simplify(program))))
+
+
+@graph_pass
+def one_product(graph: Graph, program: Program) -> None:
+    """A product of a batch with one matrix is one product of its rows, not one each.
+
+    What torch does where it sees the rows dense. Of a single token the shapes that
+    attention promises have other strides than what it returns (torch 2.13, on the CPU),
+    so a trace does not see it, and would read the matrix once per row.
+    """
+    for node in ir.calls_of(graph):
+        if node.target is not _BMM:
+            continue
+        rows: Any = node.args[0]
+        wide: Any = node.args[1]
+        if wide.target is not _EXPAND or wide.args[0].meta["val"].ndim != 2:
+            continue
+        shape = list(node.meta["val"].shape)
+        with graph.inserting_before(node):
+            flat = ir.emit(graph, _RESHAPE, rows, [-1, rows.meta["val"].shape[-1]])
+            product = ir.emit(graph, _MM, flat, wide.args[0])
+            node.replace_all_uses_with(ir.emit(graph, _VIEW, product, shape))
+        graph.erase_node(node)
 
 
 @graph_pass

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy tokens are those of transformers, for each family, padded and not."""
+
+import functools
+
+import pytest
+import torch
+
+import zfunc as zf
+from tests.unit.inference.families import (
+    FAMILIES,
+    NEW_TOKENS,
+    model_of,
+    ours,
+    prompts,
+    theirs,
+)
+from zfunc.inference.options import Request
+from zfunc.inference.sampling import Sampling
+from zfunc.inference.step import begun, chosen, decoded, read_prompt
+from zfunc.program.pure import replayed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(family):
+    model = model_of(family)
+    decoder, params = ours(model)
+    ends = {"eos": model.config.eos_token_id, "pad": model.config.pad_token_id}
+    for padded in (False, True):
+        ids, mask = prompts(family, padded)
+        want = theirs(model, ids, mask)
+        for jit in (False, True):
+            got = zf.generate(
+                decoder,
+                params,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=NEW_TOKENS,
+                jit=jit,
+                **ends,
+            )
+            assert torch.equal(got.ids, want), (padded, jit)
+        new = want[:, -NEW_TOKENS:]
+        assert max(len(set(row.tolist())) for row in new) > 1, "a text of one token"
+    assert len(decoder.programs) == 1
+
+
+def test_every_row_is_the_prompt_alone():
+    for family in ("llama", "bloom", "gpt2", "mistral", "t5"):
+        decoder, params = ours(model_of(family))
+        ids, mask = prompts(family, padded=True)
+        options = {"max_new_tokens": 8, "jit": False}
+        got = zf.generate(decoder, params, ids, attention_mask=mask, **options)
+        for row, kept, text in zip(ids, mask.bool(), got.ids, strict=True):
+            alone = zf.generate(decoder, params, row[kept][None], **options)
+            assert torch.equal(text[-8:], alone.ids[0, -8:]), family
+
+
+def test_ends_are_those_of_transformers():
+    model = model_of("llama")
+    decoder, params = ours(model)
+    ids, mask = prompts("llama", padded=True)
+    text = theirs(model, ids, mask)
+    # An end that rows meet at different places, so that some wait for others.
+    new = text[:, ids.shape[1] :]
+    for end in new[1, [3, 10]].tolist():
+        for stops in (end, [end, int(new[0, 5])]):
+            options = {"eos_token_id": stops, "pad_token_id": 7}
+            want = theirs(model, ids, mask, **options)
+            got = zf.generate(
+                decoder,
+                params,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=NEW_TOKENS,
+                eos=stops,
+                pad=7,
+            )
+            assert torch.equal(got.ids, want)
+            ended = (want[:, ids.shape[1] :, None] == torch.tensor(stops)).flatten(1)
+            assert torch.equal(got.finished, ended.any(1))
+
+
+def test_a_masked_language_model_is_refused():
+    from transformers import BertConfig
+
+    shape = {**FAMILIES["bert"][1], "is_decoder": False}
+    for task, why in (("masked-lm", "does not generate"), ("causal-lm", "is_decoder")):
+        config = BertConfig(**shape)
+        _, loss_fn = zf.models.from_hf(config, task=task, dropout="off")
+        with pytest.raises(zf.models.ModelError, match=why):
+            zf.models.decoder(loss_fn)
+
+
+def test_learned_positions_end():
+    decoder, params = ours(model_of("gpt2"))
+    ids, _ = prompts("gpt2", padded=False)
+    with pytest.raises(ValueError, match="type max_new_tokens=55"):
+        zf.generate(decoder, params, ids, max_new_tokens=56)
+    zf.generate(decoder, params, ids, max_new_tokens=55, jit=False)
+    assert ours(model_of("opt"))[0].max_positions == 64
+    assert ours(model_of("llama"))[0].max_positions is None
+
+
+def test_what_is_no_loss_is_refused():
+    with pytest.raises(TypeError, match=r"params, loss_fn = zf\.models\.from_hf"):
+        zf.models.decoder(model_of("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "t5"])
+def test_logits_of_a_program_are_those_of_the_module(family):
+    decoder, params = ours(model_of(family))
+    ids, mask = prompts(family, padded=True)
+    request = Request(5, Sampling(), (2,), 0)
+    leaves = []
+    for jit in (False, True):
+        cache = decoder.init_cache(3, 64)
+        logits, cache = read_prompt(decoder, params, ids, mask, cache)
+        state = chosen(begun(None, torch.arange(3), request), logits, cache, request)
+        step = functools.partial(decoded, decoder, request, donate=not jit)
+        step = replayed(step, params, state) if jit else step
+        for _ in range(4):
+            state = step(params, state)
+        leaves.append(zf.tree_leaves(state))
+    for a, b in zip(*leaves, strict=True):
+        assert torch.equal(a, b)
