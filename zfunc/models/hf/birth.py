@@ -98,9 +98,21 @@ def record(construct: Callable[[], torch.nn.Module]) -> Recording:
             "this model's constructor looks at the numbers it draws, so it cannot be "
             f"made piece by piece ({error}): make the model and pass it instead."
         ) from error
+    _check_attributes(module)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     named = {name: recorder.ref(x) for name, x in tensors}
     return Recording(module, recorder.ops, recorder.sizes, named)
+
+
+def _check_attributes(module: torch.nn.Module) -> None:
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if isinstance(value, torch.Tensor):
+                raise ModelError(
+                    f"{name}.{attribute} is a tensor that is neither a parameter nor a "
+                    "buffer, so it cannot be made piece by piece: make the model and "
+                    "pass it instead."
+                )
 
 
 def replay(
@@ -201,7 +213,8 @@ def _run(
         if not isinstance(x, _Ref):
             return x
         if x.storage not in memory:
-            memory[x.storage] = torch.UntypedStorage(sizes[x.storage])
+            raw = torch.empty(sizes[x.storage], dtype=torch.uint8)
+            memory[x.storage] = raw.untyped_storage()
         return _view(x, memory[x.storage])
 
     is_ref = lambda x: isinstance(x, _Ref)  # noqa: E731

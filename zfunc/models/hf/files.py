@@ -27,12 +27,16 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self, region: Region | None = None) -> torch.Tensor:
-        """The tensor, or the part of it in a region: other bytes are not read."""
+        """The tensor, or the part of it in a region: other bytes are not read.
+
+        A copy: what safetensors gives is the file itself, mapped into memory, and
+        would change with it.
+        """
         with safe_open(self.file, framework="pt") as opened:
-            if region is None or not region:
-                return opened.get_tensor(self.key)  # type: ignore[no-any-return]
-            part = opened.get_slice(self.key)
-            return part[tuple(slice(*ends) for ends in region)]  # type: ignore[no-any-return]
+            if not region:
+                return opened.get_tensor(self.key).clone()  # type: ignore[no-any-return]
+            part = opened.get_slice(self.key)[tuple(slice(*ends) for ends in region)]
+            return part.clone()  # type: ignore[no-any-return]
 
 
 def stored_in(directory: Path) -> dict[str, Stored]:
@@ -73,7 +77,7 @@ def _files(directory: Path) -> list[Path]:
         raise ModelError(f"{directory} has no {_WHOLE} and no {_INDEX}: {remedy}")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index}: is no index of safetensors files: {error}"
         ) from error

@@ -17,7 +17,12 @@ from zfunc.models.hf.layout import Layout
 from zfunc.models.hf.loading import load
 from zfunc.models.hf.loss import HFLoss
 from zfunc.models.hf.packing import check_packable
-from zfunc.models.hf.private import dropout_keys, made_functional, on_meta
+from zfunc.models.hf.private import (
+    check_own_code,
+    dropout_keys,
+    made_functional,
+    on_meta,
+)
 from zfunc.models.hf.source import class_of, config_of, kind_of_model, transformers
 from zfunc.models.hf.trainable import Chosen, split
 
@@ -111,11 +116,12 @@ def from_hf(
       Wolf et al., `Transformers <https://arxiv.org/abs/1910.03771>`_, 2019.
     """
     layout = Layout(mesh, spec, dtype)
+    _check_options(key, remat, packed, dropout)
     made = _made(source, task, layout, key, new, ignore)
     module = made.module
     kind = kind_of_model(module, task)
     layout.check_names(set(made.leaves))
-    _check_supported(module, kind, packed, dropout)
+    _check_supported(module, kind, packed, dropout is not None)
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
     chosen: Chosen = flags.__getitem__ if trainable is None else trainable
     params, frozen = split(made.leaves, chosen)
@@ -150,8 +156,11 @@ def _made(
                 f"from_hf: a {type(source).__name__} is no model of transformers: use "
                 "zf.models.from_module(module, loss)."
             )
+        _check_reads(None, new, ignore)
+        check_own_code(source)
         return _from_model(source, layout)
     config, directory = config_of(source)
+    _check_reads(directory, new, ignore)
     cls = class_of(config, task)
     recording = record(lambda: cls._from_config(config, **_given(layout.dtype)))
     return _born(recording, directory, layout, key, new, ignore)
@@ -161,9 +170,29 @@ def _given(dtype: torch.dtype | None) -> dict[str, Any]:
     return {} if dtype is None else {"dtype": dtype}
 
 
+def _check_reads(
+    directory: Path | None, new: Sequence[str], ignore: Sequence[str]
+) -> None:
+    for option, patterns in (("new", new), ("ignore", ignore)):
+        if isinstance(patterns, str):
+            raise TypeError(
+                f"{option} is a list of patterns, such as [{patterns!r}], got a string."
+            )
+        if patterns and directory is None:
+            raise ModelError(
+                f"{option} is for checkpoint directories; nothing is read here."
+            )
+
+
 def _from_model(model: torch.nn.Module, layout: Layout) -> _Made:
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device and has no values: pass model.config "
+                "for random ones, or the directory of a checkpoint."
+            )
     leaves = {n: layout.placed(n, p) for n, p in model.named_parameters()}
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    buffers = {n: layout.whole(b) for n, b in model.named_buffers()}
     return _Made(on_meta(model), leaves, buffers)
 
 
@@ -189,7 +218,7 @@ def _born(
 
     def hand_over(name: str, tensor: torch.Tensor) -> None:
         if name in buffers:
-            values[name] = tensor.clone()
+            values[name] = layout.whole(tensor)
         else:
             leaves[name] = layout.placed(name, tensor)
 
@@ -198,12 +227,21 @@ def _born(
     return _Made(module, {name: leaves[name] for name in order}, values)
 
 
-def _check_supported(module: Any, kind: str, packed: bool, dropout: str | None) -> None:
-    config = module.config
+def _check_options(key: Any, remat: Any, packed: Any, dropout: Any) -> None:
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise TypeError(f"key is an integer seed, got {key!r}")
+    if remat is not None and not callable(remat):
+        raise TypeError(f"remat is zf.remat or None, got {remat!r}")
+    if not isinstance(packed, bool):
+        raise TypeError(f"packed is True or False, got {packed!r}")
     if dropout not in (None, "off"):
         raise ModelError(f"dropout is 'off' or None, got {dropout!r}.")
+
+
+def _check_supported(module: Any, kind: str, packed: bool, without: bool) -> None:
+    config = module.config
     rates = dropout_keys(module, config)
-    if rates and dropout is None:
+    if rates and not without:
         raise ModelError(
             f"the config has {', '.join(rates)}: dropout is not done here, and would "
             "be left out without a word. Pass dropout='off' to train without it, or "

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from zfunc.models.hf.errors import ModelError
 from zfunc.models.hf.layout import Layout
 from zfunc.models.hf.loss import all_weights
-from zfunc.models.hf.private import on_meta
+from zfunc.models.hf.private import check_own_code, on_meta
 from zfunc.models.hf.trainable import Chosen, split
 
 
@@ -113,6 +113,7 @@ def from_module(
         raise TypeError(
             f"from_module: loss is a function of (call, batch), got {loss!r}"
         )
+    check_own_code(module)
     copied = _checked(on_meta(module), dropout)
     leaves = {n: layout.placed(n, p) for n, p in module.named_parameters()}
     layout.check_names(set(leaves))

@@ -74,6 +74,11 @@ class Layout:
         buffer = piece.buffer.to(self.mesh.device, self.dtype or value.dtype, copy=True)
         return Sharded(buffer.contiguous(), piece.sharding, piece.global_shape)
 
+    def whole(self, buffer: torch.Tensor) -> torch.Tensor:
+        """A copy of a module's buffer where the parameters are."""
+        device = buffer.device if self.mesh is None else self.mesh.device
+        return buffer.detach().to(device, copy=True)
+
     def region(self, name: str, shape: tuple[int, ...]) -> Region:
         """The part of a parameter that this rank holds, as (start, stop) per dim."""
         if self.mesh is None:

@@ -116,6 +116,7 @@ def load(
                 wrong.append(f"{path} is {shape} in the files and {has} in the model")
             else:
                 made.setdefault(path, []).append((source, name))
+    _check_patterns("new", new, list(wanted))
     failed = {line.split(" ")[0] for line in wrong}
     missing = [name for name in wanted if name not in made and name not in failed]
     fresh = {n for n in missing if _matches(n, new) or _optional(n, model)}
@@ -202,6 +203,15 @@ def _canonical(model: torch.nn.Module) -> dict[str, str]:
 
 def _persistent(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+
+
+def _check_patterns(option: str, patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                f"{option}: {pattern!r} matches none of the model's parameters, "
+                f"such as {', '.join(names[:3])}."
+            )
 
 
 def _plain(leaf: Any) -> torch.Tensor:

@@ -28,6 +28,31 @@ _REBOUND: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 _MOVING_ROPE: Final = ("dynamic", "longrope")
 
 
+def check_own_code(module: torch.nn.Module) -> None:
+    """Raise where a module runs code that a copy of it would not, or not alike.
+
+    Hooks and forwards that were put on an instance refer to that instance.
+    """
+    for name, part in module.named_modules():
+        hooks = [
+            hook
+            for hook in (
+                *part._forward_hooks.values(),
+                *part._forward_pre_hooks.values(),
+                *part._backward_hooks.values(),
+            )
+            # Those that record outputs refer to no module, and do nothing here.
+            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+        ]
+        if hooks or "forward" in vars(part):
+            what = f"the hook {hooks[0]!r}" if hooks else "a forward of its own"
+            raise ModelError(
+                f"{name or type(part).__name__} has {what}: hooks and patched methods "
+                "belong to one instance. Remove it (hook.remove(), or undo the patch) "
+                "and write what it does as a module, or in the loss."
+            )
+
+
 def on_meta(module: torch.nn.Module) -> torch.nn.Module:
     """A copy whose parameters and buffers have sizes only; the module is not touched.
 

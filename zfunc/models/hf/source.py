@@ -45,7 +45,8 @@ def config_of(source: Any) -> tuple[Any, Path | None]:
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json: give the directory that save_pretrained "
-            "wrote. Nothing is downloaded here: `hf download NAME --local-dir DIR` does."
+            "wrote. Nothing is downloaded here; `hf download NAME --local-dir DIR` "
+            "does that."
         )
     config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
