@@ -17,6 +17,7 @@ from zfunc.config.kinds import (
     ANYTHING,
     BOOL,
     COUNT,
+    COUNT_OR_NEVER,
     DTYPE,
     LIST,
     NOT_NEGATIVE,
@@ -90,7 +91,7 @@ _TOP: Final[tuple[Key, ...]] = (
         "there is no sequence parallelism yet",
     ),
     supported("dataloader_drop_last", BOOL, False, "`data.drop_last`"),
-    meaningless("steps_per_print", COUNT, None, _LOG),
+    meaningless("steps_per_print", COUNT_OR_NEVER, None, _LOG),
     meaningless("wall_clock_breakdown", BOOL, False, _LOG),
     meaningless(
         "memory_breakdown", BOOL, False, "read `program.memory_analysis()` instead"

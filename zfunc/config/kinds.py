@@ -153,6 +153,12 @@ BETAS: Final = Kind(
     "two numbers of [0, 1)",
     [0.9, 0.999],
 )
+# accelerate writes infinity for "never".
+COUNT_OR_NEVER: Final = Kind(
+    TypeAdapter(Annotated[float, BeforeValidator(_number), Field(ge=0)]),
+    "a number, 0 or more",
+    100,
+)
 TEXT: Final = Kind(
     TypeAdapter(Annotated[str, BeforeValidator(_text)]), "a string", "name"
 )

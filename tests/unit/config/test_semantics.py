@@ -123,7 +123,10 @@ def test_dynamic_loss_scale(calls, section, stage, rule, options):
 
 
 def test_static_loss_scale(calls):
-    made = read(fp16={"enabled": True, "loss_scale": 128})
+    made = read(fp16={"enabled": True, "loss_scale": 128, "hysteresis": 5})
+    unread = made.entries[-1]
+    assert (unread.path, unread.status) == ("fp16.hysteresis", "off")
+    assert unread.became == "nothing: fp16.loss_scale is static"
     assert calls["StaticLossScale"][0] == (128.0,)
     assert "DynamicLossScale" not in calls
     assert made.precision == "fp16"
@@ -472,6 +475,30 @@ def test_a_step_that_overflows_does_not_advance_the_rate():
     moved = sum(float(made.schedule(t)) for t in range(3))
     assert float(state.params.buffer[0]) == pytest.approx(1 - moved)
     assert int(state.step) == 5
+
+
+def test_entries_say_when_a_key_has_no_effect():
+    zero = {"stage": 2, "stage3_param_persistence_threshold": 5}
+    rate = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0}}
+    made = read(
+        zero_optimization=zero,
+        optimizer={"type": "Adam", "params": {"lr": 0.5}},
+        scheduler=rate,
+        steps_per_print=float("inf"),
+        wall_clock_breakdown=True,
+    )
+    became = {entry.path: (entry.status, entry.became) for entry in made.entries}
+    assert became["zero_optimization.stage3_param_persistence_threshold"] == (
+        "off",
+        "nothing: the stage is 2",
+    )
+    assert became["optimizer.params.lr"] == (
+        "off",
+        "nothing: the scheduler says the rate",
+    )
+    for path in ("steps_per_print", "wall_clock_breakdown"):
+        assert became[path][0] == "not meaningful here"
+    assert "optimizer.params.lr" not in {entry.path for entry in made.defaults}
 
 
 def test_notes_of_names_and_rates():
