@@ -133,9 +133,10 @@ def from_ds_config(
       overflows does not advance them.
 
     Differs from:
-      DeepSpeed ignores keys at the top that it does not know. Its first form of
-      clipping is the last one here too: ``gradient_clipping`` is 1.0 where it is not
-      given.
+      DeepSpeed ignores keys at the top that it does not know, and infers batch sizes
+      with a remainder before it fails. As there, ``gradient_clipping`` is 1.0 where it
+      is not given, and gradients travel in bfloat16 with ``bf16``; with ``fp16`` they
+      travel in float32 here, since sums are divided after they were sent.
 
     Examples:
       >>> import zfunc as zf
