@@ -175,3 +175,23 @@ def zfunc_losses(family, steps, zero=3, remat=False):
         state = step_fn(state, batch_of(family, step % 2, int(mesh.rank)))
         losses.append(state.metrics.loss.item())
     return losses
+
+
+def adapted_losses(path, steps, world=1):
+    """LoRA on a directory that every rank reads its pieces of, with remat."""
+    mesh = zf.make_mesh({"data": world})
+    params, loss_fn = zf.models.from_hf(path, mesh=mesh, remat=zf.remat)
+    factors, adapted = zf.models.lora(
+        params, loss_fn, rank=3, targets=["*.q_proj.weight", "*.down_proj.weight"]
+    )
+    whole = zf.with_frozen(adapted, adapted.frozen)
+    tx = zf.optim.adamw(LR, weight_decay=DECAY)
+    step_fn = zf.jit(zf.train_step(whole, tx, zf.partition(zero=3)))
+    state, losses = zf.shard(factors, mesh), []
+    for step in range(steps):
+        mine = range(2) if world == 1 else [int(mesh.rank)]
+        batch = joined([batch_of("llama", step % 2, rank) for rank in mine])
+        state = step_fn(state, batch)
+        losses.append(state.metrics.loss.item())
+    merged = zf.models.merge_lora(state.params, adapted)
+    return losses, zf.unshard(zf.shard(merged, mesh)).params

@@ -119,7 +119,7 @@ def test_no_rank_reads_more_than_its_pieces(saved, monkeypatch):
 
 
 def test_no_rank_reads_the_experts_of_others(saved, monkeypatch):
-    model, path = saved("mixtral")
+    _, path = saved("mixtral")
     keys = []
 
     def noted(stored, region=None, *, inner=files.Stored.read):
