@@ -30,6 +30,7 @@ from zfunc.bench import (
     write_json,
 )
 from zfunc.bench.contenders import available
+from zfunc.cli.bench_deepspeed import deepspeed_command
 from zfunc.cli.display import make_console
 from zfunc.cli.ending import explain, print_error
 from zfunc.cli.errors import Problem, UsageError, flag
@@ -45,6 +46,9 @@ bench_app = typer.Typer(
     rich_markup_mode="markdown",
     help="Measure zfunc beside its peers.",
 )
+
+
+bench_app.command("deepspeed")(deepspeed_command)
 
 
 @bench_app.callback()

@@ -14,3 +14,13 @@ class CompatError(ZfuncError):
       Traceback (most recent call last):
       zfunc.compat.errors.CompatError: engine.step() without a backward
     """
+
+
+class DifferentError(ZfuncError):
+    """DeepSpeed and the bridge did not compute the same training.
+
+    Example:
+      >>> raise DifferentError("1 of 64 cases differ")
+      Traceback (most recent call last):
+      zfunc.compat.errors.DifferentError: 1 of 64 cases differ
+    """
