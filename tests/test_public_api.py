@@ -37,6 +37,11 @@ NAMES = {
         ConfigError Configured DataOptions Entry Interpretation Problem from_ds_config
         interpret
         """,
+    "zfunc.models": """
+        Decoder GPTConfig HFLoss ModelError ModuleLoss causal_attention decoder from_hf
+        from_module gpt layer_norm lora merge_lora pack rms_norm rope_tables rotate
+        split
+        """,
     "zfunc.optim": """
         EmaMoments GradientTransformation KahanMoments Mask OneCycle
         ScaleByAdafactorMoments ScaleByAdagradMoments ScaleByAdamMoments
@@ -104,6 +109,14 @@ SIGNATURES = {
     "checkpoint.restore_newest": "(root, like, *, verify=True)",
     "checkpoint.remove_old": "(root, keep)",
     "checkpoint.Keep": "(last=1, every=None)",
+    "models.from_hf": "(source, *, task=None, mesh=None, spec=None, dtype=None, key=0, "
+    "remat=None, packed=False, trainable=None, dropout=None, new=(), ignore=())",
+    "models.from_module": "(module, loss, *, mesh=None, spec=None, dtype=None, "
+    "trainable=None, dropout=None)",
+    "models.lora": "(params, loss_fn, *, rank, alpha=None, targets, key=0)",
+    "models.merge_lora": "(params, loss_fn)",
+    "models.pack": "(sequences, length, *, pad_id=0)",
+    "models.split": "(params, trainable)",
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
     "persistence_threshold=0, deterministic=False, virtual_shards=None)",
@@ -191,6 +204,8 @@ FIELDS = {
     "config.Problem": "path got expected instead",
     "config.DataOptions": "train_batch_size micro_batch_size accumulation_steps world "
     "drop_last seed",
+    "models.HFLoss": "module buffers config kind frozen packed names remat run",
+    "models.ModuleLoss": "module buffers frozen loss names",
     "checkpoint.Restored": "state cursor meta",
     "checkpoint.Newest": "path restored damaged",
     "checkpoint.Damage": "path why",

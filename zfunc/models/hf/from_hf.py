@@ -106,6 +106,8 @@ def from_hf(
       ...     intermediate_size=32,
       ...     num_hidden_layers=1,
       ...     num_attention_heads=2,
+      ...     bos_token_id=1,
+      ...     eos_token_id=2,
       ... )
       >>> params, loss_fn = from_hf(config, task="causal-lm", key=0)
       >>> ids = torch.arange(8).reshape(2, 4)

@@ -27,6 +27,13 @@ class ModuleLoss:
       frozen: The parameters that are not trained.
       loss: The function that it was made with.
       names: The names of all parameters, tied ones once.
+
+    Example:
+      >>> params, loss_fn = from_module(
+      ...     torch.nn.Linear(1, 1), lambda call, x: call(x).square().mean()
+      ... )
+      >>> loss_fn(params, torch.ones(2, 1)).shape
+      torch.Size([])
     """
 
     module: torch.nn.Module = field(repr=False)

@@ -55,6 +55,23 @@ def lora(
     Raises:
       ModelError: no target, or one that is not the weight of a linear layer.
 
+    Examples:
+      >>> from transformers import LlamaConfig
+      >>> from zfunc.models import from_hf
+      >>> config = LlamaConfig(
+      ...     vocab_size=64,
+      ...     hidden_size=16,
+      ...     intermediate_size=32,
+      ...     num_hidden_layers=1,
+      ...     num_attention_heads=2,
+      ...     bos_token_id=1,
+      ...     eos_token_id=2,
+      ... )
+      >>> params, loss_fn = from_hf(config, task="causal-lm")
+      >>> factors, adapted = lora(params, loss_fn, rank=2, targets=["*.q_proj.weight"])
+      >>> factors["model.layers.0.self_attn.q_proj.lora_A"].shape
+      torch.Size([2, 16])
+
     Laws: ``loss_fn(merge_lora(p, lora_loss), b) == lora_loss(p, b)``.
 
     References:
@@ -102,6 +119,24 @@ def merge_lora(params: Mapping[str, Any], loss_fn: HFLoss) -> dict[str, Any]:
 
     Raises:
       ModelError: a loss that is not from ``lora``.
+
+    Examples:
+      >>> from transformers import LlamaConfig
+      >>> from zfunc.models import from_hf
+      >>> config = LlamaConfig(
+      ...     vocab_size=64,
+      ...     hidden_size=16,
+      ...     intermediate_size=32,
+      ...     num_hidden_layers=1,
+      ...     num_attention_heads=2,
+      ...     bos_token_id=1,
+      ...     eos_token_id=2,
+      ... )
+      >>> params, loss_fn = from_hf(config, task="causal-lm")
+      >>> factors, adapted = lora(params, loss_fn, rank=2, targets=["*.q_proj.weight"])
+      >>> merged = merge_lora(factors, adapted)
+      >>> all(torch.equal(merged[name], params[name]) for name in params)
+      True
     """
     weights = {**loss_fn.frozen, **params}
     merged = {n: x for n, x in weights.items() if n.rpartition(".")[2] not in (_A, _B)}

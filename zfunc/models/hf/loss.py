@@ -51,6 +51,28 @@ class HFLoss:
         placed ones go through ``zf.with_frozen(loss_fn, loss_fn.frozen)``.
       packed: Whether batches are those of ``pack``.
       names: The names of all parameters, tied ones once.
+      remat: What each layer is wrapped with, or None.
+      run: A copy of ``module`` whose layers are such blocks, or None.
+
+    Examples:
+      >>> from transformers import LlamaConfig
+      >>> from zfunc.models import from_hf
+      >>> config = LlamaConfig(
+      ...     vocab_size=64,
+      ...     hidden_size=16,
+      ...     intermediate_size=32,
+      ...     num_hidden_layers=1,
+      ...     num_attention_heads=2,
+      ...     bos_token_id=1,
+      ...     eos_token_id=2,
+      ... )
+      >>> params, loss_fn = from_hf(config, task="causal-lm")
+      >>> loss_fn
+      HFLoss(kind='causal-lm', packed=False)
+      >>> loss_fn.apply(
+      ...     params, input_ids=torch.ones(1, 3, dtype=torch.int64)
+      ... ).logits.shape
+      torch.Size([1, 3, 64])
     """
 
     module: torch.nn.Module = field(repr=False)
