@@ -13,6 +13,7 @@ from zfunc.cli.bench import bench_app
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.config_command import config_app
+from zfunc.cli.generate import generate_command
 from zfunc.cli.lr_find import lr_find_command
 from zfunc.cli.plan import plan_command
 from zfunc.cli.replay import replay_command
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
+app.command("generate")(generate_command)
 app.command("lr-find")(lr_find_command)
 app.command("plan")(plan_command)
 app.command("replay")(replay_command)

@@ -2,13 +2,13 @@
 """Parameters that live in pieces, gathered layer by layer as a forward uses them.
 
 ZeRO-Inference: no rank ever holds the whole model. The first use of a parameter gathers
-its layer in one message, and the first use of another layer lets go of it, so the peak
-is one layer rather than one model.
+it, and the first use of another layer lets go of it, so the peak is one layer rather
+than one model.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,23 +22,27 @@ from zfunc.core.tree import PyTree, leaves_with_path, map_with_path, tree_leaves
 from zfunc.transforms.gathered import GatherOnUse, Group, Wire
 
 
-class Layer(Group):
-    """Parameters that are gathered together, until another layer is."""
+class Piece(Group):
+    """A parameter that stays gathered until one of another layer is used."""
 
-    __slots__ = ("gathered",)
+    __slots__ = ("gathered", "layer")
 
-    def __init__(self, leaves: list[Sharded], axis: str, gathered: list[Layer]) -> None:
-        super().__init__(leaves, [leaf.buffer.dtype for leaf in leaves], Wire(axis))
-        self.gathered = gathered  # the one layer that is, which all layers share
+    def __init__(
+        self, leaf: Sharded, axis: str, layer: str, gathered: dict[str, list[Piece]]
+    ) -> None:
+        super().__init__([leaf], [leaf.buffer.dtype], Wire(axis))
+        # What is gathered, of one layer; all pieces share it.
+        self.layer, self.gathered = layer, gathered
 
     def full(self, index: int) -> torch.Tensor:
-        """The gathered tensor ``index``."""
-        if self.gathered != [self]:
-            for other in self.gathered:
+        """The gathered tensor."""
+        if self.layer not in self.gathered:
+            for other in itertools.chain(*self.gathered.values()):
                 other.memo.clear()
-            self.gathered[:] = [self]
+            self.gathered.clear()
         if True not in self.memo:
             self.memo[True] = self._gather()
+            self.gathered.setdefault(self.layer, []).append(self)
         return self.memo[True][index]
 
 
@@ -58,20 +62,15 @@ def streamed(params: PyTree) -> PyTree:
       >>> streamed({"w": leaf})["w"] * 2
       tensor([2., 2., 2.])
     """
-    members = defaultdict[tuple[str, str], list[tuple[str, Sharded]]](list)
-    for path, leaf in leaves_with_path(params, is_sharded):
-        if is_sharded(leaf) and leaf.sharding.axes:
-            (axis,) = leaf.sharding.axes
-            members[layer_of(path), axis].append((path, leaf))
-    gathered: list[Layer] = []
-    made = {}
-    for (_, axis), named in members.items():
-        layer = Layer([leaf for _, leaf in named], axis, gathered)
-        for index, (path, _) in enumerate(named):
-            made[path] = GatherOnUse(layer, index)
+    gathered: dict[str, list[Piece]] = {}
 
     def one(path: str, leaf: Any) -> Any:
-        return made.get(path, leaf.buffer if is_sharded(leaf) else leaf)
+        if not is_sharded(leaf):
+            return leaf
+        if not leaf.sharding.axes:
+            return leaf.buffer
+        (axis,) = leaf.sharding.axes
+        return GatherOnUse(Piece(leaf, axis, layer_of(path), gathered), 0)
 
     return map_with_path(one, params, is_leaf=is_sharded)
 
