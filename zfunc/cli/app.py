@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zfunc.cli.bench import bench_app
+from zfunc.cli.bench_decode import decode
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.config_command import config_app
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench_app.command("decode")(decode)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.command("generate")(generate_command)
