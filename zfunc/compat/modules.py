@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -11,10 +12,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 from zfunc.compat.errors import CompatError
 from zfunc.compat.microbatch import Model
 from zfunc.core.mesh import Mesh
+from zfunc.models.hf.errors import ModelError
+from zfunc.models.hf.private import check_own_code
 
 
 def take_over(
@@ -33,7 +37,8 @@ def take_over(
       module: The user's.
       trained: Which parameters are trained; None for all that require grad.
       mesh: Where the values go.
-      compute: What frozen floating parameters and buffers are cast to; None casts none.
+      compute: What frozen floating parameters are cast to; None casts none. Buffers
+        keep their dtype, as with DeepSpeed.
 
     Raises:
       CompatError: A module that cannot be trained as a pure function.
@@ -49,8 +54,11 @@ def take_over(
         params, others = _of_rank_0(params), _of_rank_0(others)
     _replace(module, others)
     _replace(module, {n: torch.empty_like(named[n], device="meta") for n in names})
-    rest = {name: _cast(x, compute) for name, x in others.items()}
+    rest = {n: _cast(x, compute) if n in frozen else x for n, x in others.items()}
     shell = copy.deepcopy(module)
+    for part in shell.modules():
+        if type(part).__name__ == "BloomGelu":  # an autograd.Function of the old kind
+            part.forward = functools.partial(F.gelu, approximate="tanh")
     module.register_forward_pre_hook(_refuse)
     module.register_state_dict_pre_hook(_refuse)
     return params, Model(shell, rest, _places(shell))
@@ -94,6 +102,10 @@ def check_module(module: Any) -> None:
             f"initialize: model is a {type(module).__name__}, expected a torch.nn."
             "Module; a loss that is a function goes to zf.train_step"
         )
+    try:
+        check_own_code(module)
+    except ModelError as error:
+        raise CompatError(f"initialize: model: {error}") from None
     for path, part in module.named_modules():
         where = f"initialize: model.{path}" if path else "initialize: model"
         is_batch_norm = isinstance(part, nn.modules.batchnorm._NormBase)
@@ -102,6 +114,12 @@ def check_module(module: Any) -> None:
                 f"{where} is a {type(part).__name__} that writes running statistics in "
                 "its forward, which a pure function cannot: use GroupNorm or "
                 "LayerNorm, or track_running_stats=False"
+            )
+        if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
+            raise CompatError(
+                f"{where} has rope_type={part.rope_type!r}, which writes to a buffer "
+                "in its forward: set config.rope_parameters to 'default', 'linear', "
+                "'llama3' or 'yarn'"
             )
         if getattr(part, "gradient_checkpointing", False) is True:
             raise CompatError(

@@ -24,7 +24,7 @@ class Setting(NamedTuple):
         optimizer that was given knows it alone.
       spec: For ``shard``.
       storage: The dtype of the state; None keeps each parameter's.
-      compute: What frozen parameters and buffers are cast to; None casts none.
+      compute: What frozen parameters are cast to; None casts none.
       drop_last: Whether the data loader drops a last batch that is not full.
       has_scheduler: Whether the configuration has a section ``scheduler``.
     """

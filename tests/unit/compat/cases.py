@@ -26,7 +26,7 @@ class Net(nn.Module):
         self.register_buffer("shift", torch.full((5,), 0.25))
 
     def forward(self, x):
-        x = torch.tanh(self.first(x + self.shift))
+        x = torch.tanh(self.first(x + self.shift.to(x.dtype)))
         return self.last(torch.tanh(self.again(self.twice(self.drop(x)))))
 
 
