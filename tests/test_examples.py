@@ -155,6 +155,26 @@ def test_checkpoint_and_resume_is_bitwise():
     assert "not interrupted, to the last bit: True" in text
 
 
+TUNED = (
+    r"rank 0 read (\d+) of (\d+) parameters\nfirst loss ([\d.]+), last loss ([\d.]+)"
+)
+
+
+@pytest.mark.distributed
+def test_fine_tuning_reads_trains_generates_and_saves():
+    for ranks in (0, 2):
+        text = example("fine_tune_hf.py", ranks=ranks)
+        [(read, total, first, last)] = numbers(TUNED, text)
+        assert read == pytest.approx(total / max(ranks, 1), rel=0.01)
+        assert last < 0.05 < 4 < first
+        assert "transformers continues alike: True" in text
+        prompt, more = (
+            [int(n) for n in re.search(rf"{word} +\[(.*)\]", text)[1].split(", ")]
+            for word in ("prompt", "continued")
+        )
+        assert more == [(prompt[-1] + i) % 96 for i in range(1, 9)]
+
+
 PASSES = r"^(\S+|\(as traced\)) +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$"
 
 
