@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import zfunc as zf
+import zfunc.compat
 from zfunc.core import collectives
 
 NAMES = {
@@ -32,6 +33,9 @@ NAMES = {
     "zfunc.checkpoint": """
         Damage DamagedError Keep Newest Pending Restored latest list_steps remove_old
         restore restore_newest save save_async
+        """,
+    "zfunc.compat": """
+        CompatError Engine add_config_arguments init_distributed initialize
         """,
     "zfunc.config": """
         ConfigError Configured DataOptions Entry Interpretation Problem from_ds_config
@@ -120,6 +124,15 @@ SIGNATURES = {
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "
     "persistence_threshold=0, deterministic=False, virtual_shards=None)",
+    "compat.initialize": "(args=None, model=None, optimizer=None, "
+    "model_parameters=None, training_data=None, lr_scheduler=None, "
+    "distributed_port=29500, mpu=None, dist_init_required=None, collate_fn=None, "
+    "config=None, mesh_param=None, config_params=None)",
+    "compat.Engine.backward": "(self, loss, *, scale_wrt_gas=True)",
+    "compat.Engine.save_checkpoint": "(self, save_dir, tag=None, client_state=None, "
+    "save_latest=True)",
+    "compat.Engine.load_checkpoint": "(self, load_dir, tag=None, *, "
+    "load_module_only=False, load_optimizer_states=True)",
     "from_ds_config": "(source, *, world=None, auto=None, total_steps=None, "
     "optimizer=None)",
     "precision": "(policy, *, loss_scale=None)",

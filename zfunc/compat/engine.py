@@ -64,6 +64,16 @@ class Engine:
     Differs from DeepSpeed: gradients are reduced at each backward, at all stages.
     Outputs that are no tensors, numbers or strings (a cache) are handed out as None
     while training.
+
+    Example:
+      >>> from zfunc.compat import initialize
+      >>> config = {"train_batch_size": 2, "optimizer": {"type": "SGD"}}
+      >>> engine = initialize(model=nn.Linear(2, 1), config=config)[0]
+      >>> loss = engine(torch.ones(2, 2)).mean()
+      >>> _ = engine.backward(loss)
+      >>> engine.step()
+      >>> engine.global_steps
+      1
     """
 
     def __init__(

@@ -22,15 +22,15 @@ from zfunc.compat.errors import CompatError
 from zfunc.compat.hf_auto import Run, setting_for
 from zfunc.core.mesh import make_mesh
 
-_MISSING: Final = [
+_MISSING: Final = tuple(
     name
     for name in ("transformers", "accelerate")
     if importlib.util.find_spec(name) is None
-]
+)
 if _MISSING:
     raise CompatError(
         f"zfunc.compat.Trainer needs {' and '.join(_MISSING)}: "
-        "pip install 'transformers>=5' accelerate"
+        "pip install 'transformers>=5.23' accelerate"
     )
 _transformers: Any = importlib.import_module("transformers")
 # What is replaced here has to be there: a release that renames one would train a
