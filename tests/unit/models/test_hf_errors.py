@@ -42,7 +42,8 @@ def test_dropout_is_refused_by_the_names_of_its_keys(family, changes, names):
         from_hf(model)
     assert all(name in str(error.value) for name in names)
     assert "dropout='off'" in str(error.value)
-    params, loss_fn = from_hf(model, dropout="off")
+    params, loss_fn = from_hf(model.train(), dropout="off")
+    assert model.training
     batch = batch_of(family, 0)
     want = model.eval()(**batch).loss
     torch.testing.assert_close(loss_fn(params, batch).value(), want)
