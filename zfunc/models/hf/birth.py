@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from zfunc.models.hf.errors import ModelError
 
-_OVERWRITES = frozenset(["normal_", "uniform_", "zero_", "fill_", "copy_", "random_"])
+_OVERWRITES: Final = frozenset(
+    ["normal_", "uniform_", "zero_", "fill_", "copy_", "random_"]
+)
 
 
 class _Ref(NamedTuple):
