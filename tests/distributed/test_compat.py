@@ -87,14 +87,19 @@ def test_an_overflow_on_one_rank_is_skipped_on_both(ranks, zero):
 
 def unequal_seeds(zero):
     torch.manual_seed(dist.get_rank())
-    engine = cases.engine_of(cases.Net(), zero=zero)
-    return [p.detach() for p in engine.module.parameters()]
+    module = cases.Net()
+    module.shift.normal_()
+    engine = cases.engine_of(module, zero=zero)
+    out = engine.eval()(cases.batch(0)[0])
+    return [out, *(x.detach() for x in engine.module.state_dict().values())]
 
 
 def test_ranks_begin_with_the_values_of_the_first(ranks):
     mine, others = ranks(2).run(unequal_seeds, 3)
     torch.manual_seed(0)
-    want = list(cases.Net().parameters())
+    module = cases.Net()
+    module.shift.normal_()
+    want = [module.eval()(cases.batch(0)[0]), *module.state_dict().values()]
     for a, b, c in zip(mine, others, want, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)

@@ -226,6 +226,35 @@ def test_fp16_learns_and_its_outputs_are_half():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss_of"),
+    [(Net, default_loss), (WithLoss, default_loss), (WithLoss, with_a_penalty)],
+)
+def test_gradients_are_scaled_once_and_unscaled_once(kind, loss_of):
+    norms = []
+    half = (zf.precision("fp16", loss_scale=2.0**8),)
+    for transforms, compute in ((half, torch.float16), ((), None)):
+        engine = engine_of(made(kind), transforms=transforms, compute=compute)
+        engine_run(engine, 1, loss_of)
+        norms.append(engine.get_global_grad_norm())
+    assert norms[0] == pytest.approx(norms[1], rel=5e-3)
+
+
+def tiny(module, x, y, rank):
+    """A loss whose gradient by the outputs has no number in float16."""
+    return nn.functional.cross_entropy(module(x).float(), y) * 1e-9
+
+
+def test_the_scale_is_there_before_the_first_half():
+    policy = zf.precision("fp16", loss_scale=2.0**24)
+    engine = engine_of(made(), transforms=(policy,), compute=torch.float16)
+    engine_run(engine, 1, tiny)
+    plain = engine_of(made())
+    engine_run(plain, 1, tiny)
+    want = plain.get_global_grad_norm()
+    assert engine.get_global_grad_norm() == pytest.approx(want, rel=2e-2)
+
+
 def test_a_checkpoint_continues_bitwise(tmp_path):
     engine = engine_of(made(), zero=3, accumulation=2)
     engine_run(engine, 2)

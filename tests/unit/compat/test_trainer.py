@@ -85,6 +85,20 @@ def test_bf16_needs_no_autocast(tmp_path):
     assert mine.engine.module.model.norm.weight.dtype == torch.float32
 
 
+def test_counts_of_tokens_are_no_tensors(tmp_path):
+    """One would be rounded to 8 bits with the rest of the batch."""
+    mine, seen = ours(tmp_path, config(bf16={"enabled": True}), bf16=True), []
+    inner = mine.compute_loss
+
+    def compute_loss(model, inputs, num_items_in_batch=None, **options):
+        seen.append(num_items_in_batch)
+        return inner(model, inputs, num_items_in_batch=num_items_in_batch, **options)
+
+    mine.compute_loss = compute_loss
+    mine.train()
+    assert {type(count) for count in seen} == {float}
+
+
 def test_saving_and_going_on(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config()))
