@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zfunc.core.tree import PyTree, pytree
+from zfunc.inference.linear import FastLinear
 from zfunc.inference.options import Request
 from zfunc.inference.sampling import choose
 from zfunc.inference.streamed import streamed
@@ -124,9 +125,10 @@ def decoded(
       state: Before it.
       donate: Whether the cache is written over.
     """
-    logits_BTV, cache = decoder.apply(
-        streamed(params), state.token, state.cache, donate=donate
-    )
+    with FastLinear():
+        logits_BTV, cache = decoder.apply(
+            streamed(params), state.token, state.cache, donate=donate
+        )
     return chosen(state, logits_BTV[:, -1], cache, request)
 
 
@@ -150,9 +152,10 @@ def read_prompt(
     if decoder.encode is not None and decoder.start is not None:
         cache = decoder.encode(weights, ids, cache, attention_mask=attention_mask)
         ids, attention_mask = first_tokens(ids, decoder.start), None
-    logits_BTV, cache = decoder.apply(
-        weights, ids, cache, attention_mask=attention_mask, donate=True
-    )
+    with FastLinear():
+        logits_BTV, cache = decoder.apply(
+            weights, ids, cache, attention_mask=attention_mask, donate=True
+        )
     return logits_BTV[:, -1], cache
 
 
