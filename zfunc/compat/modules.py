@@ -102,10 +102,6 @@ def check_module(module: Any) -> None:
             f"initialize: model is a {type(module).__name__}, expected a torch.nn."
             "Module; a loss that is a function goes to zf.train_step"
         )
-    try:
-        check_own_code(module)
-    except ModelError as error:
-        raise CompatError(f"initialize: model: {error}") from None
     for path, part in module.named_modules():
         where = f"initialize: model.{path}" if path else "initialize: model"
         is_batch_norm = isinstance(part, nn.modules.batchnorm._NormBase)
@@ -123,9 +119,13 @@ def check_module(module: Any) -> None:
             )
         if getattr(part, "gradient_checkpointing", False) is True:
             raise CompatError(
-                f"{where} has gradient checkpointing on, which torch.func does not "
-                "support: call model.gradient_checkpointing_disable()"
+                f"{where} has activation checkpointing on, which torch.func does not "
+                "support: call model.activation_checkpointing_disable()"
             )
+    try:
+        check_own_code(module)
+    except ModelError as error:
+        raise CompatError(f"initialize: model: {error}") from None
     if not any(p.requires_grad for p in module.parameters()):
         raise CompatError("initialize: model has no parameter that requires grad")
 
