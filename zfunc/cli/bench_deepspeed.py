@@ -25,7 +25,7 @@ _RANKS = 2
 
 
 def deepspeed_command(
-    steps: Annotated[int, typer.Option(help="Updates of each case.", min=2)] = 10,
+    steps: Annotated[int, typer.Option(help="Updates of each case.", min=6)] = 10,
     only: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +109,7 @@ def _report(console: Console, found: list[Compared], steps: int) -> None:
             f"{each.difference:.1e}",
             f"{each.bound:.1e}",
             "equal" if each.same_rates else "differ",
-            "ok" if each.is_equal else "DIFFERENT",
+            each.verdict,
         )
     console.print(table)
     for name in ("fp32", "bf16"):

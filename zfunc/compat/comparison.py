@@ -95,7 +95,14 @@ class Compared(NamedTuple):
     @property
     def is_equal(self) -> bool:
         """Whether all is as it has to be."""
-        return self.difference <= self.bound and self.same_rates and self.fall > 0
+        return self.verdict == "ok"
+
+    @property
+    def verdict(self) -> str:
+        """In a word; a training whose loss does not fall says nothing."""
+        if not (self.difference <= self.bound and self.same_rates):
+            return "DIFFERENT"
+        return "ok" if self.fall > 0 else "NO FALL"
 
 
 CASES: Final = tuple(
