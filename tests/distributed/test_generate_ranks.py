@@ -72,6 +72,23 @@ def test_two_ranks_generate_what_one_does(ranks, jit, split):
             assert torch.equal(found[2], want.finished)
 
 
+def test_a_rank_whose_rows_have_ended_goes_on_for_the_others(ranks):
+    decoder, params = zf.models.decoder(CONFIG), params_of()
+    options = {"max_new_tokens": 20}
+    whole = zf.generate(
+        decoder, params, IDS, attention_mask=MASK, key=torch.arange(4), **options
+    )
+    options["eos"] = [int(whole.ids[row, 8]) for row in (0, 1)]
+    want = zf.generate(
+        decoder, params, IDS, attention_mask=MASK, key=torch.arange(4), **options
+    )
+    assert want.lengths[:2].max() <= 2, "the rows of rank 0 end at once"
+    assert want.lengths[2:].max() == 20, "one of rank 1 does not"
+    for jit in (False, True):
+        got = ranks(2).run(on_ranks, options, jit, True)
+        assert torch.equal(torch.cat([ids for ids, _, _ in got]), want.ids)
+
+
 def of_family(family):
     decoder, params = families.ours(families.model_of(family))
     ids, mask = families.prompts(family, padded=True)

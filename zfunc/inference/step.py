@@ -99,8 +99,6 @@ def chosen(
     lengths_B = state.lengths + ~finished_B
     for end in request.eos:
         finished_B = finished_B | (token_B == end)
-    if request.eos:  # padding may be an end, and ends nothing twice
-        finished_B = finished_B | state.finished
     return Decoding(
         cache=cache,
         token=token_B[:, None],

@@ -45,6 +45,24 @@ def test_greedy_tokens_are_those_of_transformers(family):
     assert len(decoder.programs) == 1
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "t5"])
+def test_logits_are_those_of_the_model_without_a_cache(family):
+    model = model_of(family)
+    decoder, params = ours(model)
+    ids, mask = prompts(family, padded=True)
+    cache = decoder.init_cache(3, 16)
+    for t in range(ids.shape[1]):
+        new = slice(t, t + 1)
+        logits, cache = decoder.apply(
+            params, ids[:, new], cache, attention_mask=mask[:, new]
+        )
+    for row, kept, got in zip(ids, mask.bool(), logits[:, -1], strict=True):
+        with torch.no_grad():
+            want = model(input_ids=row[kept][None]).logits[0, -1]
+        scale = float(want.abs().max())
+        assert float((got - want).abs().max()) < 1e-5 * max(scale, 1)
+
+
 def test_every_row_is_the_prompt_alone():
     for family in ("llama", "bloom", "gpt2", "mistral", "t5"):
         decoder, params = ours(model_of(family))

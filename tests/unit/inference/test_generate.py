@@ -132,6 +132,22 @@ def test_the_program_writes_into_the_cache_and_repeats_no_heads(decoder):
     assert [x.data_ptr() for x in (*state.cache.keys, *state.cache.values)] == kept
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_read_later_is_not_written_over(early):
+    where = torch.tensor([1])
+
+    def step(row, table):
+        before = table.sum() if early else None
+        new = table.index_copy(0, where, row)
+        return new + (table.sum() if before is None else before)
+
+    row, table = torch.ones(1, 3), torch.arange(6.0).reshape(2, 3)
+    want = step(row, table)
+    assert torch.equal(
+        zf.program.pure.replayed(step, row, table.clone())(row, table), want
+    )
+
+
 def test_a_program_is_kept_for_the_next_call(decoder):
     text(decoder, jit=True)
     (program,) = decoder.programs.values()
@@ -143,6 +159,20 @@ def test_a_program_is_kept_for_the_next_call(decoder):
     for wanted in range(2, 12):
         text(decoder, jit=True, max_new_tokens=wanted)
     assert len(decoder.programs) == 8
+
+
+def test_logits_of_padded_rows_are_those_of_the_prompts_alone(decoder):
+    params, mask = params_of(), MASK
+    cache = decoder.init_cache(3, 12)
+    many, cache = decoder.apply(params, IDS, cache, attention_mask=mask)
+    next_ids = torch.tensor([[4], [5], [6]])
+    more, _ = decoder.apply(params, next_ids, cache)
+    for row in range(3):
+        ids = IDS[row, mask[row].bool()][None]
+        one, cache = decoder.apply(params, ids, decoder.init_cache(1, 12))
+        torch.testing.assert_close(many[row], one[0], rtol=1e-4, atol=1e-4)
+        one, _ = decoder.apply(params, next_ids[row][None], cache)
+        torch.testing.assert_close(more[row], one[0], rtol=1e-4, atol=1e-4)
 
 
 def test_padded_rows_are_the_prompts_alone(decoder):
