@@ -40,9 +40,10 @@ def with_frozen(
       The loss of the trained parameters.
 
     Raises:
-      TypeError: A leaf that is not a floating tensor, with its path.
+      TypeError: A leaf that is not a floating tensor, with its path; no dict.
       MeshError: A leaf that is sharded over another axis, with its path.
-      StructureError: (When called) a parameter that is both trained and frozen.
+      StructureError: (When called) a parameter that is both trained and frozen; trained
+        ones that are no dict.
 
     Laws: the gradient is that of the whole loss, in the trained parameters.
 
@@ -64,6 +65,11 @@ def with_frozen(
     """
     if not callable(loss_fn):
         raise TypeError(f"with_frozen: loss_fn must be a function, got {loss_fn!r}")
+    if not isinstance(frozen, dict):
+        raise TypeError(
+            f"with_frozen: frozen is a {type(frozen).__name__}, expected a dict of "
+            'parameters; type for example with_frozen(loss_fn, {"w": w})'
+        )
     _check(frozen, axis)
     wire = Wire(axis)
 
@@ -110,9 +116,14 @@ def _narrow(params: PyTree) -> Callable[[torch.Tensor], torch.Tensor]:
 def _union(trained: PyTree, frozen: PyTree, path: str) -> PyTree:
     if isinstance(trained, dict) and isinstance(frozen, dict):
         union = {**frozen, **trained}
-        for key in trained.keys() & frozen.keys():
+        for key in (name for name in trained if name in frozen):
             union[key] = _union(trained[key], frozen[key], f"{path}/{key}".lstrip("/"))
         return union
+    if not isinstance(trained, dict) and not path:
+        raise StructureError(
+            f"params is a {type(trained).__name__} and the frozen ones are a dict: "
+            "with_frozen joins dicts by their keys. Make both dicts."
+        )
     raise StructureError(
         f"params[{path!r}] is both trained and frozen: a parameter is one of these. "
         "Split the dict of parameters by its keys."

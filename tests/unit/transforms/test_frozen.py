@@ -157,9 +157,28 @@ def test_no_function():
         zf.with_frozen(None, {})
 
 
+@pytest.mark.parametrize("frozen", [None, (), [torch.ones(2)], torch.ones(2)])
+def test_frozen_ones_are_a_dict(frozen):
+    with pytest.raises(TypeError, match=r"frozen is a .*, expected a dict of param"):
+        zf.with_frozen(loss_fn, frozen)
+
+
+def test_trained_ones_are_a_dict():
+    with pytest.raises(zf.StructureError) as caught:
+        zf.with_frozen(loss_fn, {"w": torch.ones(2)})([torch.ones(2)], None)
+    assert str(caught.value).startswith("params is a list and the frozen ones are a d")
+
+
 @pytest.mark.parametrize("frozen", [TREE, {"a": {"b": TREE["a"]["b"]}}])
 def test_a_parameter_that_is_both(frozen):
     trained, _ = halves()
     with pytest.raises(zf.StructureError) as caught:
         zf.with_frozen(loss_fn, frozen)(trained, randn(4, 6))
     assert "params['a/b'] is both trained and frozen" in str(caught.value)
+
+
+def test_the_first_of_several_that_are_both_is_named():
+    names = [f"w{i}" for i in range(30)]  # not the first of a set, by its hash
+    both = {name: torch.ones(1) for name in names}
+    with pytest.raises(zf.StructureError, match=r"params\['w0'\] is both"):
+        zf.with_frozen(loss_fn, both)(both, None)
