@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from zfunc.config.errors import Problem, shown
 from zfunc.config.keys import MEANINGLESS, PLANNED, REFUSED, SUPPORTED, Key
 from zfunc.config.optimizers import OPTIMIZERS, REFUSED_NAMES, named
-from zfunc.config.schedules import HINTS, PARAMS, SCHEDULERS
+from zfunc.config.schedules import HINTS, PARAMS, SCHEDULERS, TOTAL
 from zfunc.config.spelling import nearest
 from zfunc.config.table import ALIASES, KEYS, SECTIONS
 
@@ -107,10 +107,7 @@ class _Walk:
     def over(self, raw: Mapping[Any, Any]) -> Checked:
         self._section(_modern(raw, self.notes), "")
         self._close_sections()
-        for path in self.auto:
-            if path not in EVERY_PATH:
-                near = _suggestion(path, EVERY_PATH, "leave it out")
-                self._problem(f"auto[{path!r}]", "it", "the path of a key", near)
+        self._check_auto()
         return Checked(
             self.values,
             tuple(self.entries),
@@ -119,12 +116,30 @@ class _Walk:
             tuple(self.problems),
         )
 
+    def _check_auto(self) -> None:
+        """Values for "auto" of keys that do not exist, or are not in the file."""
+        there = {entry.path for entry in self.entries}
+        there |= {problem.path for problem in self.problems}
+        for path in self.auto:
+            if path not in EVERY_PATH:
+                near = _suggestion(path, EVERY_PATH, "leave it out")
+                self._problem(f"auto[{path!r}]", "it", "the path of a key", near)
+            elif path not in there and path != TOTAL:
+                self.notes.append(
+                    f"auto[{path!r}] is not read: the configuration has no such key."
+                )
+
     def _problem(self, path: str, got: str, expected: str, instead: str) -> None:
         self.problems.append(Problem(path or '""', got, expected, instead))
 
     def _section(self, raw: Mapping[Any, Any], prefix: str) -> None:
         for name, value in raw.items():
             path = f"{prefix}{name}"
+            if "." in str(name):
+                expected = "a name: sections are objects in objects, not dots"
+                instead = f'type "{path.partition(".")[0]}": {{...}}'
+                self._problem(path, shown(value), expected, instead)
+                continue
             if path in ALIASES:
                 path = self._renamed(path, raw, prefix)
             if prefix == "" and path in ("optimizer", "scheduler"):

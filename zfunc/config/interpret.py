@@ -109,8 +109,8 @@ def from_ds_config(
       world: Data-parallel ranks; default: the environment's ``WORLD_SIZE``, else 1.
       auto: Values for keys that say "auto", by their path, as
         ``{"optimizer.params.lr": 3e-4}``. Others that say "auto" have DeepSpeed's
-        default. A key that says something else than its value here is an error, as in
-        transformers.
+        default. A key that says something else than its value here is an error, and one
+        that is not in the configuration is not put there, both as in transformers.
       total_steps: Updates of the whole training, for a schedule whose
         ``total_num_steps`` says "auto" or is not there.
       optimizer: Of a configuration without one: a ``GradientTransformation``, or a
@@ -190,8 +190,7 @@ def interpret(
       0.001
     """
     name, raw = read(source)
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
-    ranks = check_world(ranks)
+    ranks = check_world(_environments_world() if world is None else world)
     values = _auto(auto, total_steps)
     checked = check(raw, values)
     problems = list(checked.problems)
@@ -260,6 +259,17 @@ def _interpretation(
     )
 
 
+def _environments_world() -> int:
+    given = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(
+            f"from_ds_config: the environment has WORLD_SIZE={given!r}, expected the "
+            "number of ranks; unset it, or type for example world=2"
+        ) from None
+
+
 def _auto(auto: Mapping[str, Any] | None, total_steps: int | None) -> dict[str, Any]:
     if auto is not None and not isinstance(auto, Mapping):
         raise TypeError(
@@ -267,6 +277,12 @@ def _auto(auto: Mapping[str, Any] | None, total_steps: int | None) -> dict[str, 
             'values by path; type for example auto={"optimizer.params.lr": 3e-4}'
         )
     values = dict(auto or {})
+    for path in values:
+        if not isinstance(path, str):
+            raise TypeError(
+                f"from_ds_config: auto has the key {path!r}, expected the path of a "
+                'key; type for example auto={"optimizer.params.lr": 3e-4}'
+            )
     if total_steps is None:
         return values
     if isinstance(total_steps, bool) or not isinstance(total_steps, int):

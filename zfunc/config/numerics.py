@@ -76,10 +76,8 @@ def _loss_scale(
 ) -> DynamicLossScale | StaticLossScale:
     static = get("fp16.loss_scale")
     names = ("initial_scale_power", "loss_scale_window", "consecutive_hysteresis")
-    path, instead = "fp16.min_loss_scale", 'type "min_loss_scale": 1'
     try:
         if static:
-            path, instead = "fp16.loss_scale", 'type "loss_scale": 128'
             return StaticLossScale(static)
         return DynamicLossScale(
             **{name: get(f"fp16.{name}") for name in names},
@@ -89,6 +87,10 @@ def _loss_scale(
         )
     except ValueError as error:
         expected = str(error).partition(": ")[2]
+        name = "loss_scale" if static else expected.partition(" ")[0]
+        example = 128 if static else getattr(DynamicLossScale, name)
+        path, instead = f"fp16.{name}", f'type "{name}": {example:g}'
+        expected = expected.partition("; ")[0]
         problems.append(Problem(path, shown(get(path)), expected, instead))
         return DynamicLossScale()
 

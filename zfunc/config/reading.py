@@ -8,13 +8,15 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from zfunc.config.errors import ConfigError, Problem, shown
 
 _FORMS: Final = "a dict, the path of a JSON file, or such a file in base64"
+_ENDLESS: Final = "objects in objects without end"
+_DEEPEST: Final = 50
 # A string, which is kept, or a comment, which becomes blanks.
 _TOKEN: Final = re.compile(
     r'("(?:\\.|[^"\\\n])*")|(//[^\n]*|#[^\n]*|/\*.*?\*/)', re.DOTALL
@@ -37,6 +39,7 @@ def read(source: Any) -> tuple[str, dict[Any, Any]]:
       ('base64', {'train_batch_size': 8})
     """
     if isinstance(source, Mapping):
+        _check_depth(source, "the dict")
         return "the dict", dict(source)
     if isinstance(source, Path) or (source and _is_file(source)):
         try:
@@ -76,12 +79,12 @@ def parse(text: str, source: str) -> dict[str, Any]:
       >>> parse('{"fp16": {"enabled": true}}  // half', "ds.json")
       {'fp16': {'enabled': True}}
     """
-    twice: list[str] = []
+    twice: list[tuple[dict[str, Any], str]] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(name for name, _ in items)
-        twice.extend(name for name, count in counts.items() if count > 1)
-        return dict(items)
+        made, counts = dict(items), Counter(name for name, _ in items)
+        twice.extend((made, name) for name, count in counts.items() if count > 1)
+        return made
 
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no number of JSON")
@@ -93,19 +96,45 @@ def parse(text: str, source: str) -> dict[str, Any]:
             parse_constant=constant,
         )
     except RecursionError:
-        _refuse(source, "objects in objects without end", "a ds_config")
+        _refuse(source, _ENDLESS, "a ds_config")
     except ValueError as error:
         expected = "JSON (comments are read, other forms of Hjson are not)"
         _refuse(source, f"text that is not JSON: {error}", expected)
+    _check_depth(found, source)
     if twice:
+        where = dict(_places(found, ""))
+        paths = dict.fromkeys(
+            f"{where.get(id(made), '')}{name}" for made, name in twice
+        )
         problems = [
-            Problem(name, "the key more than once", "it once", "delete all but one")
-            for name in dict.fromkeys(twice)
+            Problem(path, "the key more than once", "it once", "delete all but one")
+            for path in paths
         ]
         raise ConfigError(source, problems)
     if not isinstance(found, dict):
         _refuse(source, shown(found), "an object: {...}")
     return found
+
+
+def _check_depth(found: Any, source: str) -> None:
+    """Refuse what would be too deep for walks that recurse, or has no end."""
+    values = [(found, 0)]
+    while values:
+        value, depth = values.pop()
+        if depth > _DEEPEST:
+            _refuse(source, _ENDLESS, "a ds_config")
+        if isinstance(value, Mapping):
+            values += [(each, depth + 1) for each in value.values()]
+        elif isinstance(value, list | tuple):
+            values += [(each, depth + 1) for each in value]
+
+
+def _places(value: Any, prefix: str) -> Iterator[tuple[int, str]]:
+    """The identity of each object, with what its keys' paths start with."""
+    if isinstance(value, dict):
+        yield id(value), prefix
+        for name, each in value.items():
+            yield from _places(each, f"{prefix}{name}.")
 
 
 def _without_comment(found: re.Match[str]) -> str:

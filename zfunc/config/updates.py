@@ -81,6 +81,8 @@ def make_update(
     except (TypeError, ValueError) as error:
         problems.append(_fitting(error, scheduler))
         return None
+    if tx is None:
+        tx = _clients(client, schedule)
     if clipping:
         tx = chain(clip_by_global_norm(clipping), tx)
     keys = (
@@ -103,12 +105,12 @@ def _made(
     scheduler: str | None,
     rates_of: dict[str, Any],
     client: Any,
-) -> tuple[Schedule, GradientTransformation]:
+) -> tuple[Schedule, GradientTransformation | None]:
+    """The schedule, and the optimizer of the configuration if there is one."""
     if name is None:
         if isinstance(client, GradientTransformation):
-            return constant(0.0), client
-        rates = make_rates(scheduler, rates_of, 0.0)
-        return rates.learning_rate, client(rates.learning_rate)
+            return constant(0.0), None
+        return make_rates(scheduler, rates_of, 0.0).learning_rate, None
     used = _effective(name, params)
     rates = make_rates(scheduler, rates_of, used["lr"])
     if rates.momentum is not None and not OPTIMIZERS[name].has_betas:
@@ -117,6 +119,20 @@ def _made(
     if name == "Muon":
         rest = make_rates(scheduler, rates_of, used["rest_lr"]).learning_rate
     return rates.learning_rate, OPTIMIZERS[name].make(used, rates, rest)
+
+
+def _clients(client: Any, schedule: Schedule) -> GradientTransformation:
+    """The optimizer from the caller, whose own errors are the caller's."""
+    if isinstance(client, GradientTransformation):
+        return client
+    made = client(schedule)
+    if not isinstance(made, GradientTransformation):
+        raise TypeError(
+            f"from_ds_config: optimizer returned a {type(made).__name__}, expected a "
+            "GradientTransformation; type for example "
+            "optimizer=lambda rate: zf.optim.adamw(rate)"
+        )
+    return made
 
 
 def _effective(name: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,14 @@ MALFORMED = [
         'type "device"',
     ),
     (zero(grad_hooks=True), "zero_optimization.grad_hooks", "a key that exists"),
+    # dots are no sections: DeepSpeed would pass over them
+    ({"fp16.enabled": True}, "fp16.enabled", 'type "fp16": {...}'),
+    ({"zero_optimization.stage": 3}, "zero_optimization.stage", "not dots"),
+    (
+        zero(**{"offload_param.device": "none"}),
+        "zero_optimization.offload_param.device",
+        "not dots",
+    ),
     (adam(learning_rate=1e-3), "optimizer.params.learning_rate", "a key that exists"),
     (adam(beta=[0.9, 0.9]), "optimizer.params.beta", 'type "betas"'),
     (
@@ -108,6 +116,21 @@ MALFORMED = [
         {"fp16": {"enabled": True, "initial_scale_power": 1, "min_loss_scale": 4}},
         "fp16.min_loss_scale",
         "more than the first scale",
+    ),
+    (
+        {"fp16": {"enabled": True, "loss_scale_window": 2**63 - 1}},
+        "fp16.loss_scale_window",
+        'type "loss_scale_window": 1000',
+    ),
+    (
+        {"fp16": {"enabled": True, "hysteresis": 2**63 - 1}, **zero(stage=1)},
+        "fp16.hysteresis",
+        'type "hysteresis": 2',
+    ),
+    (
+        {"fp16": {"enabled": True, "loss_scale": 1e300}},
+        "fp16.loss_scale",
+        'at most 2**100; type "loss_scale": 128',
     ),
     (
         schedule("WarmupLR", warmup_type="cosine"),

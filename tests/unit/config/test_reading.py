@@ -84,6 +84,22 @@ def test_what_is_no_configuration(source, words):
     assert words in refused(source)
 
 
+def test_a_key_twice_has_its_path(write):
+    text = '{"optimizer": {"params": {"lr": 1, "lr": 2}}, "fp16": {"lr": 1}}'
+    assert "\n  optimizer.params.lr: got the key more than once" in refused(write(text))
+
+
+@pytest.mark.parametrize("key", ["amp", "zenflow", "fp16", "no_key"])
+def test_objects_without_end(key):
+    deep = nested = {}
+    for _ in range(3000):
+        nested["enabled"] = nested = {}
+    endless = {}
+    endless["enabled"] = [endless]
+    for value in (deep, endless):
+        assert "objects in objects without end" in refused({**CONFIG, key: value})
+
+
 def test_json_that_is_no_object(write):
     assert "got [1], expected an object" in refused(write("[1]"))
     assert "NaN is no number of JSON" in refused(write('{"train_batch_size": NaN}'))
@@ -111,6 +127,46 @@ def test_world_is_that_of_the_environment(monkeypatch):
 def test_other_arguments(options, error, message):
     with pytest.raises(error, match=message):
         zf.from_ds_config(CONFIG, **options)
+
+
+@pytest.mark.parametrize("given", ["", "two"])
+def test_an_environment_without_a_number_of_ranks(monkeypatch, given):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=.*type for example world=2"):
+        interpret(CONFIG)
+
+
+def test_a_value_for_auto_that_is_not_read_is_a_note():
+    path = "optimizer.params.lr"
+    made = interpret(CONFIG, world=1, auto={path: 3e-4})
+    assert made.notes == (
+        f"auto['{path}'] is not read: the configuration has no such key.",
+    )
+    with_it = {**CONFIG, "optimizer": {"type": "SGD", "params": {"lr": "auto"}}}
+    assert interpret(with_it, world=1, auto={path: 3e-4}).notes == ()
+
+
+def test_the_paths_of_auto_are_strings():
+    with pytest.raises(TypeError, match="auto has the key 3, expected the path"):
+        interpret(CONFIG, world=1, auto={3: 1})
+
+
+SCHEDULED = {"train_batch_size": 8, "scheduler": {"type": "LRRangeTest"}}
+
+
+@pytest.mark.parametrize("clipping", [0, 1])
+def test_a_function_that_makes_no_optimizer(clipping):
+    config = {**SCHEDULED, "gradient_clipping": clipping}
+    with pytest.raises(TypeError, match="optimizer returned a int, expected a Grad"):
+        interpret(config, world=1, optimizer=lambda rate: 3)
+
+
+def test_an_error_of_the_callers_function_is_not_one_of_the_configuration():
+    def broken(rate):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match=r"^mine$"):
+        interpret(SCHEDULED, world=1, optimizer=broken)
 
 
 def test_auto_names_keys_that_exist():
