@@ -113,6 +113,61 @@ def test_targets_of_which_nothing_says_how_they_begin():
     torch.testing.assert_close(loss_fn(params, batch).value(), want)
 
 
+def test_the_inputs_of_a_decoder_may_be_given_as_vectors():
+    model, batch = model_of("t5"), batch_of("t5", 0)
+    batch["decoder_inputs_embeds"] = torch.randn(2, 5, 16)
+    want = model(**batch).loss
+    params, loss_fn = from_hf(model)
+    torch.testing.assert_close(loss_fn(params, batch).value(), want)
+
+
+def test_targets_that_begin_in_another_way():
+    import transformers
+
+    config = transformers.MBartConfig(
+        vocab_size=37, d_model=8, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, dropout=0.0, decoder_start_token_id=2,
+    )  # fmt: skip
+    model, batch = transformers.MBartForConditionalGeneration(config), batch_of("t5", 0)
+    params, loss_fn = from_hf(model)
+    with pytest.raises(ModelError, match=r"mbart makes .* pass batch\['decoder_input_"):
+        loss_fn(params, batch)
+    batch["decoder_input_ids"] = torch.ones_like(batch["labels"])
+    want = model.eval()(**batch).loss
+    torch.testing.assert_close(loss_fn(params, batch).value(), want)
+
+
+def test_classes_that_compute_another_loss():
+    import transformers
+
+    sizes = {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8, "dropout": 0.0}
+    config = transformers.XLNetConfig(vocab_size=37, **sizes)
+    for source in (config, transformers.XLNetLMHeadModel(config)):
+        with pytest.raises(ModelError, match=r"XLNetLMHeadModel does not compute the"):
+            from_hf(source, task="causal-lm")
+
+    class SeesForConditionalGeneration(transformers.LlamaForCausalLM):
+        pass
+
+    with pytest.raises(ModelError, match="has no decoder that reads the labels"):
+        from_hf(SeesForConditionalGeneration(config_of("llama")))
+    model = model_of("llama")
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    with pytest.raises(ModelError, match="has a loss_function of its own"):
+        from_hf(model)
+
+
+def test_labels_are_one_per_token():
+    params, loss_fn = causal()
+    ids = batch_of("llama", 0)["input_ids"]
+    for labels in (ids.T, ids.reshape(-1), ids[:, 1:]):
+        with pytest.raises(
+            ModelError, match=r"give one label per token, \(2, 7\), -100"
+        ):
+            loss_fn(params, {"input_ids": ids, "labels": labels})
+
+
 def test_sources():
     with pytest.raises(TypeError, match=r"path of a checkpoint directory, got a int"):
         from_hf(3)

@@ -19,11 +19,18 @@ from zfunc.models.hf.loss import HFLoss
 from zfunc.models.hf.packing import check_packable
 from zfunc.models.hf.private import (
     check_own_code,
+    check_values,
     dropout_keys,
     made_functional,
     on_meta,
 )
-from zfunc.models.hf.source import class_of, config_of, kind_of_model, transformers
+from zfunc.models.hf.source import (
+    check_own_loss,
+    class_of,
+    config_of,
+    kind_of_model,
+    transformers,
+)
 from zfunc.models.hf.trainable import Chosen, split
 
 
@@ -187,12 +194,14 @@ def _check_reads(
 
 
 def _from_model(model: torch.nn.Module, layout: Layout) -> _Made:
-    for name, p in model.named_parameters():
-        if p.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device and has no values: pass model.config "
-                "for random ones, or the directory of a checkpoint."
-            )
+    check_values(
+        model, "pass model.config for random ones, or the directory of a checkpoint"
+    )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the model's weights are quantized, and have no gradient: load the "
+            "original ones."
+        )
     leaves = {n: layout.placed(n, p) for n, p in model.named_parameters()}
     buffers = {n: layout.whole(b) for n, b in model.named_buffers()}
     return _Made(on_meta(model), leaves, buffers)
@@ -242,6 +251,7 @@ def _check_options(key: Any, remat: Any, packed: Any, dropout: Any) -> None:
 
 def _check_supported(module: Any, kind: str, packed: bool, without: bool) -> None:
     config = module.config
+    check_own_loss(module, kind)
     rates = dropout_keys(module, config)
     if rates and not without:
         raise ModelError(

@@ -40,6 +40,8 @@ _ENDINGS: Final = MappingProxyType(
         "ForTokenClassification": "token-classification",
     }
 )
+# The first token is that of the target's end, or the inputs are not from the labels.
+_OWN_SHIFT: Final = frozenset(["mbart", "plbart", "fsmt"])
 
 
 def kind_of(name: str) -> str | None:
@@ -56,9 +58,16 @@ def decoder_inputs(labels: torch.Tensor, config: Any) -> torch.Tensor:
     """The labels one place to the right, as transformers makes them, but not in place.
 
     Raises:
-      ModelError: the config does not say what a target begins with.
+      ModelError: the config does not say what a target begins with, or the family
+        has another rule.
     """
-    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if config.model_type in _OWN_SHIFT:
+        raise ModelError(
+            f"{config.model_type} makes the decoder's inputs from the labels in a way "
+            "of its own: pass batch['decoder_input_ids']."
+        )
+    start = getattr(config, "decoder_start_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     if start is None or pad is None:
         raise ModelError(
             "the decoder's inputs are made from the labels, and the config has "
@@ -77,11 +86,20 @@ def head_loss(
 
     Its quotient on one batch is the loss that transformers returns. Labels of -100 do
     not count.
+
+    Raises:
+      ModelError: labels of tokens that are not one per token.
     """
-    if kind == "causal-lm":
-        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
     if kind == "sequence-classification":
         return _classification(logits, labels, config)
+    if labels.shape != logits.shape[:-1]:
+        raise ModelError(
+            f"labels have shape {tuple(labels.shape)} and the model's output "
+            f"{tuple(logits.shape)}: give one label per token, "
+            f"{tuple(logits.shape[:-1])}, -100 where none counts."
+        )
+    if kind == "causal-lm":
+        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
     return _cross_entropy(logits, labels)
 
 

@@ -100,7 +100,8 @@ class HFLoss:
         self._check_batch(batch)
         inputs = {key: x for key, x in batch.items() if key != "labels"}
         labels = batch["labels"]
-        if self.kind == "seq2seq-lm" and "decoder_input_ids" not in inputs:
+        given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+        if self.kind == "seq2seq-lm" and not given:
             inputs["decoder_input_ids"] = decoder_inputs(labels, self.config)
         logits = self.apply(params, **inputs).logits
         return head_loss(self.kind, logits, labels, self.config)

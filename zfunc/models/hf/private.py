@@ -53,6 +53,15 @@ def check_own_code(module: torch.nn.Module) -> None:
             )
 
 
+def check_values(module: torch.nn.Module, remedy: str) -> None:
+    """Raise where a parameter or buffer has a size and no numbers."""
+    for name, x in (*module.named_parameters(), *module.named_buffers()):
+        if x.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device and has no values: {remedy}."
+            )
+
+
 def on_meta(module: torch.nn.Module) -> torch.nn.Module:
     """A copy whose parameters and buffers have sizes only; the module is not touched.
 

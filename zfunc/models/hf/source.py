@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,35 @@ def check_task(task: str) -> None:
     """Raise where a task is not known."""
     if task not in TASKS:
         raise ModelError(f"task={task!r} is not one of {', '.join(TASKS)}.")
+
+
+def check_own_loss(model: Any, kind: str) -> None:
+    """Raise where the class of a model computes another loss than its kind's.
+
+    Most classes of causal models call the one that transformers has for them; those
+    that do not take labels that are shifted already, or add terms.
+    """
+    get = getattr(model, "get_base_model", None)
+    model = model if get is None else get()
+    forward = inspect.unwrap(type(model).forward)
+    own = forward.__module__.startswith("transformers.")
+    calls = getattr(forward, "__code__", None)
+    shared = calls is None or "loss_function" in calls.co_names
+    two_parts = getattr(model.config, "is_encoder_decoder", False)
+    if "_loss_function" in vars(model):
+        why = "has a loss_function of its own, which would not be called"
+    elif kind == "causal-lm" and own and not shared:
+        why = "does not compute the usual loss of the next token"
+    elif kind == "seq2seq-lm" and not two_parts:
+        why = "has no decoder that reads the labels"
+    elif kind == "seq2seq-lm" and model.config.model_type == "prophetnet":
+        why = "predicts several tokens at a place"
+    else:
+        return
+    raise ModelError(
+        f"{type(model).__name__} {why}: write the loss, "
+        "zf.models.from_module(model, loss)."
+    )
 
 
 def kind_of_model(model: torch.nn.Module, task: str | None) -> str:
