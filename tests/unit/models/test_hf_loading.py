@@ -86,6 +86,56 @@ def test_every_rank_draws_its_pieces_of_a_configuration(family):
     assert_same(full, model_of(family, key=11))
 
 
+class Constants(torch.nn.Module):
+    """Numbers that no operator makes: they are written in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.drawn = torch.nn.Parameter(torch.empty(3).normal_())
+        self.register_buffer("changed", torch.tensor([3.0, 4.0]).mul_(2).add_(1))
+        table = torch.tensor([5.0, 6.0])
+        table[0] = 7
+        self.register_buffer("table", table)
+
+
+def test_numbers_of_the_code_itself_are_born_too():
+    recording, made = birth.record(Constants), {}
+    birth.replay(
+        recording, list(recording.named), 3, lambda n, x: made.update({n: x.clone()})
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        want = Constants().state_dict()
+    assert made.keys() == want.keys()
+    for name, x in want.items():
+        assert torch.equal(made[name], x), name
+
+
+def test_stored_buffers_are_whole_on_every_rank(tmp_path):
+    import transformers
+
+    config = transformers.Glm4MoeConfig(
+        **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 8),
+        vocab_size=37,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        pad_token_id=0,
+    )
+    model = transformers.Glm4MoeForCausalLM(config)
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).normal_()
+    model.save_pretrained(tmp_path)
+    for rank in range(2):
+        _, loss_fn = from_hf(tmp_path, mesh=rank_mesh(rank, 2), dtype=torch.bfloat16)
+        assert torch.equal(loss_fn.buffers[name], model.get_buffer(name))
+
+
 def test_a_model_is_cut_into_pieces_that_do_not_hold_the_whole():
     model = model_of("llama")
     assert_same(pieced_together(model, 4), model)
@@ -255,6 +305,10 @@ def test_files_that_are_missing_or_damaged(saved, tmp_path):
     with pytest.raises(ModelError, match=r"are not in the directory"):
         from_hf(path)
     index = path / "model.safetensors.index.json"
+    for name in ["../other/model.safetensors", str(first), 3]:
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(ModelError, match=r"which is not a file beside it"):
+            from_hf(path)
     index.write_text("[]")
     with pytest.raises(ModelError, match="is no index of safetensors files"):
         from_hf(path)
@@ -274,6 +328,10 @@ def test_quantized_weights_are_refused(saved):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantized"):
         from_hf(path)
+    model = model_of("llama")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ModelError, match="the model's weights are quantized"):
+        from_hf(model)
 
 
 def test_what_was_read_does_not_change_with_the_file(saved):

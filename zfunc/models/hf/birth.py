@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, is_fake
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -62,10 +63,17 @@ class _Recorder(TorchDispatchMode):
         return outs
 
     def refs(self, tree: Any) -> Any:
-        """The tree with each tensor as a reference."""
-        return tree_map(
-            lambda x: self.ref(x) if isinstance(x, torch.Tensor) else x, tree
-        )
+        """The tree with each fake tensor as a reference; real ones are constants."""
+
+        def one(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if is_fake(x):
+                return self.ref(x)
+            with no_dispatch():
+                return x.clone()  # numbers of the code itself, as in torch.tensor(3)
+
+        return tree_map(one, tree)
 
     def ref(self, x: torch.Tensor) -> _Ref:
         """The view that a tensor is."""

@@ -76,12 +76,18 @@ def _files(directory: Path) -> list[Path]:
         )
         raise ModelError(f"{directory} has no {_WHOLE} and no {_INDEX}: {remedy}")
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()), key=str)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index}: is no index of safetensors files: {error}"
         ) from error
-    missing = [n for n in names if not (directory / str(n)).is_file()]
+    outside = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+    if outside:
+        raise ModelError(
+            f"{index} lists {outside[0]!r}, which is not a file beside it."
+        )
+    missing = [n for n in names if not (directory / n).is_file()]
     if missing:
         raise ModelError(
             f"{index} lists {missing[0]} and {len(names)} files in all; {len(missing)} "

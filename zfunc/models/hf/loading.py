@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zfunc.core.sharding import is_sharded
 from zfunc.models.hf.errors import ModelError
 from zfunc.models.hf.files import Stored, described, stored_in
 from zfunc.models.hf.layout import Layout, Region
@@ -127,13 +126,17 @@ def load(
     ]
     if any(names for _, names in problems):
         raise described(problems, directory, type(model).__name__)
-    leaves = {
-        name: _leaf(name, made[name], model, wanted[name], layout)
-        for name in wanted
-        if name in made
-    }
-    buffers = {n: leaves.pop(n) for n in list(leaves) if n in _persistent(model)}
-    return Loaded(leaves, {n: _plain(b) for n, b in buffers.items()}, fresh)
+    buffers = _persistent(model)
+    values: dict[str, torch.Tensor] = {}
+    leaves: dict[str, Any] = {}
+    for name in [name for name in wanted if name in made]:
+        if name in buffers:  # whole on every rank
+            source, alias = made[name][0]
+            everything = tuple((0, size) for size in wanted[name].shape)
+            values[name] = layout.whole(source.read(model, alias, everything))
+        else:
+            leaves[name] = _leaf(name, made[name], model, wanted[name], layout)
+    return Loaded(leaves, values, fresh)
 
 
 def _leaf(
@@ -144,8 +147,6 @@ def _leaf(
     layout: Layout,
 ) -> Any:
     shape = tuple(like.shape)
-    if not like.is_floating_point():
-        return origins[0][0].read(model, origins[0][1], tuple((0, d) for d in shape))
     region = layout.region(name, shape)
     first, *others = [source.read(model, alias, region) for source, alias in origins]
     for (_, alias), other in zip(origins[1:], others, strict=True):
@@ -212,10 +213,6 @@ def _check_patterns(option: str, patterns: Iterable[str], names: list[str]) -> N
                 f"{option}: {pattern!r} matches none of the model's parameters, "
                 f"such as {', '.join(names[:3])}."
             )
-
-
-def _plain(leaf: Any) -> torch.Tensor:
-    return leaf.buffer if is_sharded(leaf) else leaf  # type: ignore[no-any-return]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
