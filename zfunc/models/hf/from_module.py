@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch.func import functional_call
@@ -13,8 +13,15 @@ from torch.func import functional_call
 from zfunc.models.hf.errors import ModelError
 from zfunc.models.hf.layout import Layout
 from zfunc.models.hf.loss import all_weights
-from zfunc.models.hf.private import check_own_code, on_meta
+from zfunc.models.hf.private import check_own_code, check_values, on_meta
 from zfunc.models.hf.trainable import Chosen, split
+
+# The modules of torch that draw numbers in training mode, and what says how many.
+_RATES: Final = (
+    (torch.nn.modules.dropout._DropoutNd, "p"),
+    (torch.nn.MultiheadAttention, "dropout"),
+    (torch.nn.RNNBase, "dropout"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +63,12 @@ class ModuleLoss:
         before = {name: b._version for name, b in self.buffers.items()}
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = (weights, dict(self.buffers))
-            return functional_call(self.module, tensors, args, kwargs)
+            tensors = {**weights, **self.buffers}
+            out = functional_call(self.module, tensors, args, kwargs)
+            for name, buffer in self.buffers.items():
+                if tensors[name] is not buffer:  # set anew, which was noted there
+                    raise _writes(name)
+            return out
 
         value = self.loss(call, batch)
         for name, version in before.items():
@@ -121,13 +132,14 @@ def from_module(
             f"from_module: loss is a function of (call, batch), got {loss!r}"
         )
     check_own_code(module)
+    check_values(module, "give it some (module.to_empty, then its initialisation)")
     copied = _checked(on_meta(module), dropout)
     leaves = {n: layout.placed(n, p) for n, p in module.named_parameters()}
     layout.check_names(set(leaves))
     flags = {n: p.requires_grad for n, p in module.named_parameters()}
     chosen: Chosen = flags.__getitem__ if trainable is None else trainable
     params, frozen = split(leaves, chosen)
-    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+    buffers = {n: layout.whole(b) for n, b in module.named_buffers()}
     return params, ModuleLoss(copied, buffers, frozen, loss, frozenset(leaves))
 
 
@@ -137,15 +149,18 @@ def _checked(copied: torch.nn.Module, dropout: str | None) -> torch.nn.Module:
     for name, part in copied.named_modules():
         if getattr(part, "track_running_stats", False) and part.training:
             raise _writes(f"{name}.running_mean".lstrip("."))
-        if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training:
-            if part.p and dropout is None:
+        for kind, attribute in _RATES:
+            rate = getattr(part, attribute) if isinstance(part, kind) else 0
+            if not part.training or not rate:
+                continue
+            if dropout is None:
                 raise ModelError(
-                    f"{name} is a {type(part).__name__} with p={part.p}: its numbers "
-                    "come from torch's generator, which a step has no part in. Pass "
-                    "dropout='off', call module.eval(), or use zf.random.dropout with "
-                    "a key."
+                    f"{name} is a {type(part).__name__} with {attribute}={rate}: its "
+                    "numbers come from torch's generator, which a step has no part in. "
+                    "Pass dropout='off', call module.eval(), or use zf.random.dropout "
+                    "with a key."
                 )
-            part.eval()
+            setattr(part, attribute, 0.0)
     return copied
 
 

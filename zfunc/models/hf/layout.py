@@ -69,10 +69,15 @@ class Layout:
         """The leaf of a tensor that is here in full. A copy, but for plain ones."""
         value = full.detach()
         if self.mesh is None:
-            return value if self.dtype is None else value.to(self.dtype)
+            return value.to(self._stored(value))
         piece = place(value, self.sharding(name, value.dim()))
-        buffer = piece.buffer.to(self.mesh.device, self.dtype or value.dtype, copy=True)
+        buffer = piece.buffer.to(self.mesh.device, self._stored(value), copy=True)
         return Sharded(buffer.contiguous(), piece.sharding, piece.global_shape)
+
+    def _stored(self, value: torch.Tensor) -> torch.dtype:
+        """The dtype that a leaf is stored in: whole numbers keep theirs."""
+        floating = value.is_floating_point() and self.dtype is not None
+        return self.dtype if floating else value.dtype  # type: ignore[return-value]
 
     def whole(self, buffer: torch.Tensor) -> torch.Tensor:
         """A copy of a module's buffer where the parameters are."""
@@ -97,7 +102,7 @@ class Layout:
 
     def leaf(self, name: str, shape: tuple[int, ...], part: torch.Tensor) -> Any:
         """The leaf whose region holds ``part``; what it is short of is padding."""
-        dtype = self.dtype or part.dtype
+        dtype = self._stored(part)
         if self.mesh is None:
             return part.to(dtype)
         sharding = self.sharding(name, len(shape))
