@@ -334,6 +334,30 @@ def test_quantized_weights_are_refused(saved):
         from_hf(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "is not a valid JSON file"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"model_type": "nothing"}, "does not recognize this architecture"),
+        (
+            {"model_type": "nothing", "auto_map": {"AutoConfig": "its_code.Config"}},
+            "contains custom code",
+        ),
+    ],
+)
+def test_configurations_that_transformers_cannot_use(
+    saved, change, message, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks on the console"))
+    _, path = saved("llama")
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(change if change == "{" else json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=rf"cannot use .*config.json(.|\n)*{message}"):
+        from_hf(path)
+
+
 def test_what_was_read_does_not_change_with_the_file(saved):
     model, path = saved("llama")
     params, _ = from_hf(path)

@@ -49,7 +49,14 @@ def config_of(source: Any) -> tuple[Any, Path | None]:
             "wrote. Nothing is downloaded here; `hf download NAME --local-dir DIR` "
             "does that."
         )
-    config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
+    try:  # code that the directory brings is not run, and nobody is asked whether to
+        config = hf.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # those of transformers have no class in common
+        raise ModelError(
+            f"transformers cannot use {path / 'config.json'}: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{path} holds quantized weights, which have no gradient: take the "
