@@ -140,10 +140,10 @@ def _lenient(
     file: Path, world: int | None, auto: dict[str, Any], total_steps: int | None
 ) -> Interpretation:
     """A file without an optimizer is whole: the training script has one."""
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: there is no such file")
     raw = read(file)[1]
-    if raw.get("optimizer") is not None or isinstance(raw.get("optimizer"), str):
+    if raw.get("optimizer") is not None:
         return interpret(file, world=world, auto=auto, total_steps=total_steps)
     whole = adamw(1e-3)
     client: Any = (lambda rate: whole) if raw.get("scheduler") else whole

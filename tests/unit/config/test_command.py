@@ -72,6 +72,12 @@ def test_no_such_file():
     assert result.stderr == "error: nothing.json: there is no such file\n"
 
 
+def test_a_directory(tmp_path):
+    result = CliRunner().invoke(app, ["config", "check", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "Is a directory" in result.output
+
+
 def test_a_text_that_is_no_configuration(run):
     for text in ("{", "[1]"):
         result = run("explain", text)
