@@ -104,6 +104,7 @@ TARGETS = {
     "llama": ["*.q_proj.weight", "*.down_proj.weight"],
     "gpt2": ["*.c_attn.weight", "*.c_proj.weight"],  # Conv1D: [inputs, outputs]
     "t5": ["*.q.weight", "*.wo.weight"],
+    "falcon": ["*.query_key_value.weight", "*.dense.weight"],
 }
 
 

@@ -95,13 +95,27 @@ def test_every_stage_jitted_is_the_eager_step(family, zero):
     assert_close(eager.metrics.loss, exact.detach(), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("family", ["falcon", "mixtral", "bloom", "gpt2"])
-def test_families_whose_code_writes_in_place_can_be_traced(family):
-    params, loss_fn = from_hf(config_of(family), task="causal-lm")
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("falcon", {}),
+        ("falcon", {"attn_implementation": "eager"}),
+        ("falcon", {"attn_implementation": "eager", "alibi": True}),
+        ("mixtral", {}),
+        ("bloom", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_families_whose_code_writes_in_place_can_be_traced(family, changes):
+    config = config_of(family, **changes)
+    params, loss_fn = from_hf(config, task="causal-lm")
     step, batch = zf.train_step(loss_fn, zf.optim.sgd(0.1)), batch_of(family, 0)
     mesh = zf.make_mesh({})
     eager, jitted = (s(zf.shard(params, mesh), batch) for s in (step, zf.jit(step)))
     assert torch.equal(eager.metrics.loss, jitted.metrics.loss)
+    model = model_of(family, **changes)
+    model.load_state_dict(params, strict=False)
+    assert_close(eager.metrics.loss, model(**batch).loss.detach())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])

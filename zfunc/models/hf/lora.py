@@ -175,7 +175,7 @@ def _adapted(
         owner, _, attribute = name.rpartition(".")
         part = copied.get_submodule(owner)
         kind, tied = type(part).__name__, holders[id(copied.get_parameter(name))]
-        linear = type(part) is torch.nn.Linear or _is_transposed(part)
+        linear = type(part) is torch.nn.Linear or kind in ("Conv1D", "FalconLinear")
         if not linear or attribute != "weight" or len(tied) > 1 or hasattr(part, _A):
             why = f"shared with {tied[-1]}" if len(tied) > 1 else f"of a {kind}"
             raise ModelError(

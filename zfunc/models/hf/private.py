@@ -19,7 +19,11 @@ from zfunc.models.hf.errors import ModelError
 # read in transformers 5.23. What else they write to is left as it is.
 _REBOUND: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "falcon": {"add_": torch.Tensor.add},
+        "falcon": {
+            "add_": torch.Tensor.add,
+            "div_": torch.Tensor.div,
+            "mul_": torch.Tensor.mul,
+        },
         "t5": {"add_": torch.Tensor.add},
         "mixtral": {"div_": torch.Tensor.div},
     }
