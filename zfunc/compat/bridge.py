@@ -65,9 +65,10 @@ def initialize(
       model: A ``torch.nn.Module``; parameters that do not require grad stay as they
         are, whole on every rank.
       optimizer: Where the configuration has none: a ``torch.optim`` AdamW, Adam or SGD
-        with one group (its settings are read), a ``GradientTransformation``, or a
-        function from a schedule to one.
-      model_parameters: Those that are trained; None for all that require grad.
+        with one group (its settings and its parameters are read), a
+        ``GradientTransformation``, or a function from a schedule to one.
+      model_parameters: Those that are trained; None for those of a ``torch.optim``
+        optimizer, or all that require grad.
       training_data: A dataset, for the data loader that is returned.
       lr_scheduler: Not taken: the section ``scheduler`` says it.
       distributed_port: Not taken: torchrun says it.
@@ -112,6 +113,7 @@ def initialize(
     _check_taken(lr_scheduler, distributed_port, mpu, mesh_param, dist_init_required)
     source = _source(args, config, config_params)
     check_module(model)
+    model_parameters = _trained(optimizer, model_parameters)
     setting = setting_of(source, optimizer)
     mesh = make_mesh({"data": int(os.environ.get("WORLD_SIZE", "1"))})
     engine = engine_of(model, setting, mesh, model_parameters)
@@ -260,6 +262,27 @@ def _source(args: Any, config: Any, config_params: Any) -> Config:
         )
     found: Config = given[0]
     return found
+
+
+def _trained(optimizer: Any, given: Iterable[Any] | None) -> Iterable[Any] | None:
+    """The parameters that are trained; an optimizer of torch says it too."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return given
+    if optimizer.state:
+        raise CompatError(
+            "initialize: the optimizer has taken steps, and its moments would be lost: "
+            "give one that is new"
+        )
+    theirs = [p for group in optimizer.param_groups for p in group["params"]]
+    listed = theirs if given is None else list(given)
+    if {id(p) for p in listed if getattr(p, "requires_grad", True)} != {
+        id(p) for p in theirs if p.requires_grad
+    }:
+        raise CompatError(
+            "initialize: model_parameters are not those of the optimizer: leave them "
+            "out, and the optimizer's are trained"
+        )
+    return listed
 
 
 def _with_section(source: Config, optimizer: torch.optim.Optimizer) -> Config:

@@ -18,6 +18,7 @@ from torch import nn
 from zfunc.compat import checkpoints, microbatch
 from zfunc.compat.errors import CompatError
 from zfunc.compat.microbatch import AXIS, Given, Model, Pair
+from zfunc.compat.missing import Missing
 from zfunc.compat.modules import digest_of, holding
 from zfunc.compat.setting import Setting
 from zfunc.core import collectives
@@ -37,7 +38,7 @@ class Now(NamedTuple):
       total: The microbatches' tallies and reduced gradients so far.
       pending: Whether a backward waits for its ``step()``.
       micro_steps: Calls of ``step()`` so far.
-      boundary: Whether the next ``step()`` updates, where the script said so.
+      boundary: Whether a ``step()`` updates, where the script said so.
       returns_loss: Whether the module returned its loss, by the form of the call.
     """
 
@@ -50,7 +51,7 @@ class Now(NamedTuple):
     returns_loss: tuple[tuple[Any, bool], ...] = ()
 
 
-class Engine:
+class Engine(Missing):
     """A module, its optimizer and its state behind DeepSpeed's calls.
 
     Made by ``initialize``. ``engine(...)``, ``engine.backward(loss)`` and
@@ -105,11 +106,14 @@ class Engine:
 
     forward = __call__
 
-    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool = True) -> Any:
+    def backward(
+        self, loss: Any, retain_graph: bool = False, *, scale_wrt_gas: bool = True
+    ) -> Any:
         """Add up the gradient of a loss that was made of the last call's outputs.
 
         Every rank calls it. The gradient is divided by
-        ``gradient_accumulation_steps()``, unless ``scale_wrt_gas`` is False.
+        ``gradient_accumulation_steps()``, unless ``scale_wrt_gas`` is False. The graph
+        of the loss is kept in any case.
 
         Raises:
           CompatError: the loss is detached, of an older call, or depends on anything
@@ -150,8 +154,8 @@ class Engine:
         if now.given is None:
             raise CompatError(
                 "engine.backward before a forward: call the engine in training mode "
-                "(engine.train(), outside of torch.no_grad()), and make the loss of "
-                "what it returns"
+                "(engine.train(), outside of torch.no_grad(); from_pretrained returns "
+                "a model in evaluation mode), and make the loss of what it returns"
             )
         if not loss.requires_grad:
             raise CompatError(
@@ -180,8 +184,7 @@ class Engine:
         if not now.pending:
             raise CompatError("engine.step() without a backward: call it after each")
         last = self.is_gradient_accumulation_boundary()
-        count = now.micro_steps + 1
-        now = now._replace(pending=False, micro_steps=count, boundary=None)
+        now = now._replace(pending=False, micro_steps=now.micro_steps + 1)
         if last:
             state = microbatch.applied(self._build, now.state, cast(Pair, now.total))
             now = now._replace(state=state, total=None)
@@ -201,7 +204,7 @@ class Engine:
         """Whether the module is in training mode."""
         return self._model.shell.training
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: an update lets its gradients go.
 
         Raises:
@@ -263,7 +266,7 @@ class Engine:
         if load_module_only or not load_optimizer_states:
             state = self._now.state.replace(params=state.params)
         micro_steps = int(state.step) * self._setting.accumulation
-        self._now = Now(state, micro_steps=micro_steps)
+        self._now = Now(state, micro_steps=micro_steps, boundary=self._now.boundary)
         return str(path), restored.meta["client_state"]
 
     def save_16bit_model(
@@ -377,7 +380,7 @@ class Engine:
         return (self._now.micro_steps + 1) % self._setting.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say whether the next ``step()`` updates; after it, counting says so again."""
+        """Say whether each ``step()`` updates, until this is called again."""
         self._now = self._now._replace(boundary=bool(is_boundary))
 
     def gradient_accumulation_steps(self) -> int:

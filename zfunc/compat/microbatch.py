@@ -10,10 +10,13 @@ Where the module returns its loss, that gradient is known after the forward, for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch.func import functional_call
 from torch.utils import _pytree as torch_tree
@@ -32,6 +35,10 @@ AXIS = "data"
 Build = Callable[[Callable[..., Any]], TrainStep]
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Pair = tuple[Tally, PyTree]
+_WRITES: Final = (
+    "in its forward, which a pure function cannot: it would be lost, or done more than "
+    "once. Compute it anew in each call, or make the module without it"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +62,37 @@ class Model:
         args, kwargs = batch
         values = {**params, **self.rest}
         placed = {place: values[name] for place, name in self.names.items()}
-        return functional_call(self.shell, placed, args, kwargs, tie_weights=False)
+        versions = {name: x._version for name, x in self.rest.items()}
+        try:
+            out = functional_call(self.shell, placed, args, kwargs, tie_weights=False)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise CompatError(f"the module writes to a buffer {_WRITES}") from None
+        # torch puts what the forward has assigned into the dictionary.
+        for place, name in self.names.items():
+            if name not in versions:
+                continue
+            x = self.rest[name]
+            if placed[place] is not x or x._version != versions[name]:
+                raise CompatError(f"the module writes to {place} {_WRITES}")
+        return out
+
+
+class Rng(NamedTuple):
+    """The states of the generators that a forward may use.
+
+    Attributes:
+      cpu: Of torch.
+      cuda: Of the device, if it is one of CUDA.
+      python: Of ``random``.
+      numpy: Of ``numpy.random``.
+    """
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+    python: Any
+    numpy: Any
 
 
 class Given(NamedTuple):
@@ -66,14 +103,14 @@ class Given(NamedTuple):
       loss: Which of them is the module's own loss, whose gradient is ``pair``.
       pair: The tally and the reduced gradients of that loss.
       batch: The arguments of the call.
-      rng: The state of torch's generators before it.
+      rng: The state of the generators before it.
     """
 
     leaves: tuple[torch.Tensor, ...]
     loss: int | None
     pair: Pair | None
     batch: Batch
-    rng: tuple[torch.Tensor, ...]
+    rng: Rng
 
 
 class _NoLossError(Exception):
@@ -114,7 +151,17 @@ def forward(
       batch: The arguments of the call.
       try_loss: Whether the module may return its loss; its gradient is then computed
         in the same pass.
+
+    Raises:
+      CompatError: an argument requires grad, which would get none.
     """
+    strangers = [x for x in torch_tree.tree_leaves(batch) if _needs_grad(x)]
+    if strangers:
+        raise CompatError(
+            f"the engine was called with a tensor of shape {tuple(strangers[0].shape)} "
+            "that requires grad, and its gradient would be lost: give x.detach(), or "
+            "make what computed it a part of the module"
+        )
     device = state.key.device
     rng = rng_of(device)
     if try_loss:
@@ -155,8 +202,7 @@ def weighted(
         return sum(terms[1:], terms[0])
 
     device = state.key.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        set_rng(device, given.rng)
+    with _again(device, given.rng):
         return _pair_of(build(loss_fn), state, given.batch, scaled=False)
 
 
@@ -187,17 +233,30 @@ def added(total: Pair | None, more: Pair, factor: float = 1.0) -> Pair:
     return tree_map(torch.add, total[0], tally), tree_map(torch.add, total[1], grads)
 
 
-def rng_of(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The state of torch's generators that a forward on a device may use."""
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+def rng_of(device: torch.device) -> Rng:
+    """The states of the generators that a forward on a device may use."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return Rng(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
 
 
-def set_rng(device: torch.device, rng: tuple[torch.Tensor, ...]) -> None:
+def set_rng(device: torch.device, rng: Rng) -> None:
     """Put the generators back to what ``rng_of`` returned."""
-    torch.set_rng_state(rng[0])
-    if len(rng) > 1:
-        torch.cuda.set_rng_state(rng[1], device)
+    torch.set_rng_state(rng.cpu)
+    if rng.cuda is not None:
+        torch.cuda.set_rng_state(rng.cuda, device)
+    random.setstate(rng.python)
+    np.random.set_state(rng.numpy)
+
+
+@contextlib.contextmanager
+def _again(device: torch.device, rng: Rng) -> Iterator[None]:
+    """With the generators as they were; after it, as they are."""
+    now = rng_of(device)
+    set_rng(device, rng)
+    try:
+        yield
+    finally:
+        set_rng(device, now)
 
 
 def no_loss(params: PyTree, batch: PyTree) -> torch.Tensor:
@@ -253,6 +312,10 @@ def loss_in(out: Any) -> torch.Tensor | None:
 
 def _floating(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def _needs_grad(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _unwrapped(x: Any) -> Any:

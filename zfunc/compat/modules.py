@@ -18,7 +18,7 @@ from zfunc.compat.errors import CompatError
 from zfunc.compat.microbatch import Model
 from zfunc.core.mesh import Mesh
 from zfunc.models.hf.errors import ModelError
-from zfunc.models.hf.private import check_own_code
+from zfunc.models.hf.private import check_own_code, check_values
 
 
 def take_over(
@@ -102,6 +102,11 @@ def check_module(module: Any) -> None:
             f"initialize: model is a {type(module).__name__}, expected a torch.nn."
             "Module; a loss that is a function goes to zf.train_step"
         )
+    if _refuse in module._forward_pre_hooks.values():
+        raise CompatError(
+            "initialize: model was given to an engine before, and its parameters live "
+            "there: give engine.module, or a new one"
+        )
     for path, part in module.named_modules():
         where = f"initialize: model.{path}" if path else "initialize: model"
         is_batch_norm = isinstance(part, nn.modules.batchnorm._NormBase)
@@ -123,6 +128,7 @@ def check_module(module: Any) -> None:
                 "support: call model.activation_checkpointing_disable()"
             )
     try:
+        check_values(module, "load or make them before initialize")
         check_own_code(module)
     except ModelError as error:
         raise CompatError(f"initialize: model: {error}") from None

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from zfunc.compat.engine import Engine
 from zfunc.compat.errors import CompatError
+from zfunc.compat.missing import ReadOnly
 
 
 class OptimizerView:
@@ -18,7 +19,7 @@ class OptimizerView:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """One group with the learning rate of the next update."""
-        return [{"lr": rate} for rate in self._engine.get_lr()]
+        return [ReadOnly(lr=rate) for rate in self._engine.get_lr()]
 
     @property
     def cur_scale(self) -> float:
