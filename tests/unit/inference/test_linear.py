@@ -26,6 +26,31 @@ def test_it_is_linear(bias):
     assert got.shape == (2, 3, 512)
 
 
+@pytest.mark.parametrize(
+    "bias", [torch.randn(1024)[::2], torch.randn(1).expand(512), torch.randn(1)]
+)
+@pytest.mark.parametrize("weight", [W, W.T, torch.randn(512, 1024)[:, ::2]])
+def test_other_layouts_are_linear_too(weight, bias):
+    for x in (X, X.transpose(0, 1), X[0, 0], X[:0], torch.randn(3, 1024)[:, ::2]):
+        with FastLinear():
+            got = F.linear(x, weight, bias)
+        torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=1e-4, atol=1e-3)
+
+
+def test_errors_are_those_of_linear():
+    with FastLinear(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        F.linear(X[..., :500], W)
+
+
+def test_autocast_is_heeded():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = F.linear(X, W)
+        with FastLinear():
+            got = F.linear(X, W)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+
+
 def calls(*args):
     """The operators that a product runs."""
     with torch.profiler.profile() as profile, FastLinear():
