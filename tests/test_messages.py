@@ -188,7 +188,8 @@ PLACEMENT = {
             zf.shard(params_of(), one_rank()).params, one_rank(), spec=zf.P()
         ),
         zf.PlacementError,
-        "params are placed already: leave spec out, or move them with zf.reshard.",
+        "params are placed already: leave spec out. Give it to what placed them "
+        "(zf.models.from_hf(..., mesh=mesh, spec=...)), or move them with zf.reshard.",
     ),
     "parameters that are placed on another mesh": Wrong(
         lambda: zf.shard(

@@ -209,9 +209,7 @@ def _of_transformers(model: Path) -> Source:
         raise UsageError([Problem(what, why)])
     transformers: Any = importlib.import_module("transformers")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model, local_files_only=True
-        )
+        tokenizer = _tokenizer(transformers, model)
         params, loss_fn = zf.models.from_hf(str(model), dropout="off")
         decoder = zf.models.decoder(loss_fn)
     except (zf.ZfuncError, OSError, ValueError, ImportError) as error:
@@ -223,6 +221,18 @@ def _of_transformers(model: Path) -> Source:
         functools.partial(tokenizer.decode, skip_special_tokens=True),
         _ends(model, loss_fn.config),
     )
+
+
+def _tokenizer(transformers: Any, model: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        if (model / "config.json").is_file() and not any(model.glob("*token*")):
+            raise ValueError(
+                "has no tokenizer: copy one there with tokenizer.save_pretrained, or "
+                "call zf.generate, which takes ids"
+            ) from error
+        raise
 
 
 def _ends(model: Path, config: Any) -> tuple[int, ...]:

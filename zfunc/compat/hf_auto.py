@@ -12,10 +12,13 @@ import torch
 from zfunc.compat.bridge import Config, setting_of
 from zfunc.compat.errors import CompatError
 from zfunc.compat.setting import Setting
+from zfunc.config.errors import ConfigError
 from zfunc.config.reading import read
 from zfunc.optim.adamw import adamw
 from zfunc.optim.base import GradientTransformation
 
+_CLIPPING: Final = 1.0  # of a configuration that does not say it
+_PRECISIONS: Final = (("fp16", "fp16"), ("bf16", "bfloat16"))
 _ADAMS: Final = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 
 
@@ -50,7 +53,21 @@ def setting_for(source: Config, run: Run) -> Setting:
         TrainingArguments included.
       CompatError: An optimizer or a schedule that is not here.
     """
-    raw = dict(read(source)[1])
+    name, raw = read(source)
+    try:
+        return _setting(dict(raw), run)
+    except ConfigError as error:  # of the dict; the file has a name
+        raise ConfigError(name, error.problems) from None
+
+
+def _setting(raw: dict[str, Any], run: Run) -> Setting:
+    raw = _with_precision(raw, run.args)
+    if "gradient_clipping" not in raw and run.args.max_grad_norm != _CLIPPING:
+        raise CompatError(
+            f"Trainer: max_grad_norm is {run.args.max_grad_norm!r} and ds_config has no "
+            f"gradient_clipping, which is {_CLIPPING} then: write "
+            '"gradient_clipping": "auto"'
+        )
     scheduled = "scheduler" in raw
     rates = None if scheduled else rates_of(run)
     auto = auto_values(raw, run)
@@ -140,6 +157,17 @@ def rates_of(run: Run) -> Callable[[Any], torch.Tensor]:
         return table.to(index.device)[index]
 
     return rates
+
+
+def _with_precision(raw: dict[str, Any], args: Any) -> dict[str, Any]:
+    """With the section that accelerate adds where TrainingArguments say a precision."""
+    added = {
+        name: {"enabled": True}
+        for name, old in _PRECISIONS
+        if (getattr(args, name) or getattr(args, f"{name}_full_eval"))
+        and not {name, old} & raw.keys()
+    }
+    return {**raw, **added}
 
 
 def _client(run: Run, rates: Any) -> Any:

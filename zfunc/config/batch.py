@@ -95,7 +95,10 @@ def _undecided(checked: Checked, problems: list[Problem]) -> bool:
     if autos:
         values = ", ".join(f'"{path}": ...' for path in autos)
         expected = "a number, which nobody gave"
-        instead = f"type auto={{{values}}}, or a number in the file"
+        instead = (
+            f"type auto={{{values}}} (two are enough; in a shell --auto "
+            f"{autos[0]}=32), or numbers in the file"
+        )
         problems += [Problem(path, '"auto"', expected, instead) for path in autos]
     else:
         problems.append(

@@ -176,7 +176,10 @@ def _check_required(
                 continue
             instead = f'type "{name}": {key.kind.example}'
             if key.path == TOTAL:
-                instead = 'type total_steps=1000, or "total_num_steps": 1000'
+                instead = (
+                    "type total_steps=1000 (in a shell --total-steps 1000), or "
+                    '"total_num_steps": 1000'
+                )
             problems.append(Problem(key.path, "nothing", key.kind.words, instead))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zfunc.core import collectives, random
+from zfunc.core.state import TrainState
 from zfunc.core.tree import PyTree, tree_leaves
 from zfunc.inference.options import Request, checked_prompt, checked_request
 from zfunc.inference.sampling import Sampling
@@ -126,6 +127,8 @@ def generate(
       global generator. Here nothing is read but the arguments.
     """
     decoder, traceable = _decoder_of(apply)
+    if isinstance(params, TrainState):
+        raise TypeError("generate: params are a TrainState: type state.params")
     how = Sampling(temperature, top_k, top_p)
     request = checked_request(decoder, max_new_tokens, how, eos, pad)
     ids, attention_mask = checked_prompt(ids, attention_mask, decoder, request)
@@ -152,6 +155,11 @@ def generate(
 def _decoder_of(apply: Any) -> tuple[Decoder, bool]:
     if isinstance(apply, Decoder):
         return apply, True
+    if hasattr(apply, "generate") or hasattr(apply, "frozen"):
+        raise TypeError(
+            f"generate: apply is a {type(apply).__name__}: type params, loss_fn = "
+            "zf.models.from_hf(model) and zf.generate(zf.models.decoder(loss_fn), ...)"
+        )
     if not callable(apply):
         raise TypeError(
             f"generate: apply is a {type(apply).__name__}, expected a Decoder or a "

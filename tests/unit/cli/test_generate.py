@@ -95,6 +95,9 @@ def test_what_cannot_be_used(directory, run, tmp_path):
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "config.json").write_text('{"model_type": "nonsense"}')
+    untold = tmp_path / "untold"
+    untold.mkdir()
+    (untold / "config.json").write_text((directory / "config.json").read_text())
     unsaved = tmp_path / "unsaved"
     RunDir(unsaved).prepare(run[1], overwrite=False)
     RunDir(unsaved).checkpoints.mkdir()
@@ -103,6 +106,7 @@ def test_what_cannot_be_used(directory, run, tmp_path):
         (file, (), "is a file"),
         (empty, (), "has no config.json"),
         (strange, (), "--model"),
+        (untold, (), "has no tokenizer: copy one there"),
         (unsaved, (), "checkpoint"),
         (directory, ("--max-new-tokens", 0), "--max-new-tokens 0, expected a positive"),
         (directory, ("--top-k", 3), "--top-k 3 with --temperature 0"),

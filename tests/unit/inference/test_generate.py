@@ -2,6 +2,7 @@
 """Generation with the library's own GPT: caches, programs, keys, ends and errors."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -326,6 +327,11 @@ def test_types_that_cannot_be_used(decoder, options, message):
         text(decoder, **options)
     with pytest.raises(TypeError, match="expected a Decoder or a function"):
         text("gpt", max_new_tokens=3)
+    with pytest.raises(TypeError, match=r"a TrainState: type state\.params"):
+        text(decoder, params=zf.shard(params_of(), zf.make_mesh({})))
+    loss_fn = types.SimpleNamespace(frozen={})  # as of zf.models.from_hf
+    with pytest.raises(TypeError, match=r"zf\.models\.decoder\(loss_fn\)"):
+        text(loss_fn, params=params_of(), max_new_tokens=3)
 
 
 def test_padding_for_a_plain_function_is_refused():

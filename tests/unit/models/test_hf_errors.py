@@ -59,6 +59,10 @@ def test_rates_that_a_model_does_not_use_do_not_matter():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"input_ids": [[1, 2]]}, "'input_ids'. is a list, expected a tensor"),
+        ({"input_ids": torch.ones(2, 3)}, "'input_ids'. is torch.float32, .* .long"),
+        ({"input_ids": torch.ones(3).long()}, r"shape \(3,\), .* ids\[None\]"),
+        ({"labels": torch.ones(2, 3).int()}, "'labels'. is torch.int32, expected"),
         ({"labels": None}, r"no 'labels': to train on every token pass labels=input"),
         ({"lables": torch.ones(2)}, r"'lables'\] is not an input of LlamaForCausalLM"),
         ({"use_cache": True}, r"'use_cache'\] is not an input"),

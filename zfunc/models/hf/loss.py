@@ -128,7 +128,7 @@ class HFLoss:
                 "a batch is a dict of tensors as transformers names them (input_ids, "
                 f"attention_mask, labels), got a {type(batch).__name__}."
             )
-        if "labels" not in batch:
+        if batch.get("labels") is None:
             more = {
                 "causal-lm": "to train on every token pass labels=input_ids, with -100 "
                 "where a token does not count",
@@ -147,11 +147,35 @@ class HFLoss:
                 f"{type(self.module).__name__}{' with packed=True' * self.packed}; "
                 f"it takes {', '.join(sorted(known))}."
             )
+        for key, x in batch.items():
+            self._check_leaf(key, x)
         missing = [key for key in _PACKED if self.packed and key not in batch]
         if missing:
             raise ModelError(
                 f"packed=True and the batch has no {missing[0]!r}: make it with "
                 "zf.models.pack(sequences, length)."
+            )
+
+    def _check_leaf(self, key: str, x: Any) -> None:
+        """What would end in a message of torch that names no part of the batch."""
+        if x is None:
+            return
+        if not isinstance(x, torch.Tensor):
+            raise ModelError(
+                f"batch[{key!r}] is a {type(x).__name__}, expected a tensor: make it "
+                "with torch.as_tensor, or tokenize with return_tensors='pt'."
+            )
+        if key == "input_ids" and x.ndim < 2:
+            raise ModelError(
+                f"batch['input_ids'] has the shape {tuple(x.shape)}, expected "
+                "[samples, tokens]: one sample is ids[None]."
+            )
+        ids = key == "labels" and self.kind != "sequence-classification"
+        if (ids and x.dtype != torch.int64) or (
+            key == "input_ids" and x.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ModelError(
+                f"batch[{key!r}] is {x.dtype}, expected torch.int64: type .long()."
             )
 
 
