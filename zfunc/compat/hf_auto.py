@@ -64,8 +64,8 @@ def _setting(raw: dict[str, Any], run: Run) -> Setting:
     raw = _with_precision(raw, run.args)
     if "gradient_clipping" not in raw and run.args.max_grad_norm != _CLIPPING:
         raise CompatError(
-            f"Trainer: max_grad_norm is {run.args.max_grad_norm!r} and ds_config has no "
-            f"gradient_clipping, which is {_CLIPPING} then: write "
+            f"Trainer: max_grad_norm is {run.args.max_grad_norm!r}, and ds_config has "
+            f"no gradient_clipping, which is {_CLIPPING} then: write "
             '"gradient_clipping": "auto"'
         )
     scheduled = "scheduler" in raw

@@ -20,6 +20,7 @@ from zfunc.compat.checkpoints import refuse_theirs
 from zfunc.compat.engine import Engine
 from zfunc.compat.errors import CompatError
 from zfunc.compat.hf_auto import Run, setting_for
+from zfunc.compat.views import OptimizerView, SchedulerView
 from zfunc.core.mesh import make_mesh
 
 _MISSING: Final = tuple(
@@ -46,6 +47,13 @@ _REPLACED: Final = (
     "_save_optimizer_and_scheduler",
     "training_step",
     "save_model",
+)
+# What is not called here: a subclass that overrides one would wait for it.
+_UNUSED: Final = (
+    "create_optimizer",
+    "create_scheduler",
+    "create_optimizer_and_scheduler",
+    "get_optimizer_cls_and_kwargs",
 )
 # TrainingArguments that have another place, or none, with what they have to be.
 _REFUSED: Final = (
@@ -75,15 +83,26 @@ class _Outer(nn.Module):
         self.engine.train(mode)
         return super().train(mode)
 
+    def to(self, *_: Any, **__: Any) -> _Outer:
+        """As it is: the engine's device and precision are those of the forward."""
+        return self
+
     def _get_name(self) -> str:
         return type(self.inner).__name__
 
 
-class _Stepped:
-    """The optimizer and the schedule of the base class: the engine did it already."""
+class _Optimizer(OptimizerView):
+    """What the base class and callbacks take for the optimizer."""
 
-    def step(self) -> None:
-        """Nothing."""
+    def step(self) -> None:  # type: ignore[override]
+        """Nothing: the engine did it already."""
+
+
+class _Scheduler(SchedulerView):
+    """What the base class and callbacks take for the schedule."""
+
+    def step(self) -> None:  # type: ignore[override]
+        """Nothing: the engine did it already."""
 
 
 class Trainer(_transformers.Trainer):  # type: ignore[misc] # has no types
@@ -133,8 +152,9 @@ class Trainer(_transformers.Trainer):  # type: ignore[misc] # has no types
                 f"{', '.join(missing)}; pip install 'transformers>=5.23'"
             )
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
-        _check(given, kwargs.get("optimizers", (None, None)))
+        _check(given)
         super().__init__(*args, **kwargs)
+        _check_own(self)
         if self.args.n_gpu > 1:
             raise CompatError("Trainer: start one process per GPU, with torchrun")
         self.ds_config = ds_config
@@ -145,7 +165,9 @@ class Trainer(_transformers.Trainer):  # type: ignore[misc] # has no types
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> tuple[nn.Module, Any]:
-        trained = self.engine is not None
+        # With model_init there is another model by now.
+        wrapped: Any = self.model_wrapped
+        trained = isinstance(wrapped, _Outer) and wrapped.inner is self.model
         source: Any = self._engine().module if trained else self.model
         decays = frozenset(self.get_decay_parameter_names(source))
         setting = setting_for(self.ds_config, Run(self.args, source, max_steps, decays))
@@ -153,8 +175,9 @@ class Trainer(_transformers.Trainer):  # type: ignore[misc] # has no types
         self.engine = engine_of(source, setting, mesh)
         if trained:
             self.model: Any = source
-        self.model_wrapped = _Outer(self.engine, self.model)
-        self.optimizer = self.lr_scheduler = _Stepped()
+        self.model_wrapped: Any = _Outer(self.engine, self.model)
+        self.optimizer = _Optimizer(self.engine)
+        self.lr_scheduler = _Scheduler(self.engine)
         if resume_from_checkpoint is not None:
             self._load(resume_from_checkpoint)
         handler = self.callback_handler
@@ -251,15 +274,38 @@ class Trainer(_transformers.Trainer):  # type: ignore[misc] # has no types
         return self.engine
 
 
-def _check(args: Any, optimizers: Any) -> None:
+def _check(args: Any) -> None:
     problems = [
         f"TrainingArguments({name}={getattr(args, name)!r}): {why}"
         for name, off, why in _REFUSED
         if getattr(args, name, off) not in (off, None, False, "", [])
     ]
-    if any(each is not None for each in optimizers):
+    only_model = getattr(args, "save_only_model", False)
+    if only_model and getattr(args, "load_best_model_at_end", False):
         problems.append(
-            "optimizers: ds_config or TrainingArguments say the optimizer and schedule"
+            "TrainingArguments(save_only_model=True): load_best_model_at_end reads the "
+            "state that it leaves out"
         )
     if problems:
         raise CompatError("Trainer cannot use\n  " + "\n  ".join(problems))
+
+
+def _check_own(trainer: Any) -> None:
+    """Raise where there is an optimizer or a schedule that would not be used."""
+    base = _transformers.Trainer
+    given = (
+        trainer.optimizer,
+        trainer.lr_scheduler,
+        getattr(trainer, "optimizer_cls_and_kwargs", None),
+    )
+    names = ["optimizers"] if any(each is not None for each in given) else []
+    names += [
+        f"{type(trainer).__name__}.{name}"
+        for name in _UNUSED
+        if getattr(type(trainer), name, None) is not getattr(base, name, None)
+    ]
+    if names:
+        raise CompatError(
+            f"Trainer cannot use\n  {', '.join(names)}: ds_config or TrainingArguments "
+            "say the optimizer and schedule"
+        )

@@ -186,3 +186,99 @@ def test_schedules_and_optimizers_that_are_not_here(tmp_path):
     with pytest.raises(CompatError, match="the optimizer SGD and no section scheduler"):
         ours(tmp_path, config(optimizer={"type": "SGD"})).train()
     assert arguments(tmp_path).optim.value in ("adamw_torch", "adamw_torch_fused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"bf16": True}, torch.bfloat16),
+        ({"fp16": True}, torch.float16),
+        ({"bf16_full_eval": True}, torch.bfloat16),
+        ({}, None),
+    ],
+)
+def test_a_precision_that_the_arguments_alone_say(tmp_path, changes, dtype):
+    mine = ours(tmp_path, config(), max_steps=1, **changes)
+    mine.train()
+    assert mine.evaluate()["eval_loss"] > 0
+    ids = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    assert mine.engine.eval()(**ids).logits.dtype == (dtype or torch.float32)
+
+
+def test_both_precisions(tmp_path):
+    mine = ours(tmp_path, config(fp16={"enabled": True}), bf16=True)
+    with pytest.raises(ConfigError, match="fp16"):
+        mine.train()
+
+
+def test_a_norm_that_the_configuration_leaves_out(tmp_path):
+    given = config()
+    del given["gradient_clipping"]
+    with pytest.raises(CompatError, match=r'write "gradient_clipping": "auto"'):
+        ours(tmp_path, given, max_grad_norm=0.1).train()
+    ours(tmp_path, given, max_grad_norm=1.0, max_steps=1).train()
+
+
+def test_model_init_begins_anew(tmp_path):
+    one = ours(tmp_path, config())
+    mine = type(one)(
+        args=one.args,
+        model_init=llama,
+        train_dataset=one.train_dataset,
+        ds_config=config(),
+    )
+    mine.train()
+    first = logged(mine)
+    mine.train()
+    assert logged(mine) == first
+
+
+def test_callbacks_read_rates(tmp_path):
+    from transformers import TrainerCallback
+
+    seen = []
+
+    class Reads(TrainerCallback):
+        def on_step_end(self, args, state, control, **have):
+            group = have["optimizer"].param_groups[0]
+            seen.append((group["lr"], *have["lr_scheduler"].get_last_lr()))
+
+    mine = ours(tmp_path, config())
+    mine.add_callback(Reads())
+    mine.train()
+    rates = [rate for _, _, rate in logged(mine)]
+    assert [a for a, _ in seen][:-1] == rates[1:]
+    assert all(a == b for a, b in seen)
+
+
+def test_optimizers_that_would_not_be_used(tmp_path):
+    one = ours(tmp_path, config())
+    kind, made = type(one), llama()
+    optimizer = torch.optim.SGD(made.parameters(), 1.0)
+
+    class Overrides(kind):
+        def create_optimizer(self, model=None):
+            return optimizer
+
+    rest = {"train_dataset": one.train_dataset, "ds_config": config()}
+    message = "say the optimizer and schedule"
+    with pytest.raises(CompatError, match=message):
+        kind(made, one.args, optimizers=(optimizer, None), **rest)
+    chosen = (torch.optim.SGD, {"lr": 1.0})
+    with pytest.raises(CompatError, match=message):
+        kind(made, one.args, optimizer_cls_and_kwargs=chosen, **rest)
+    with pytest.raises(CompatError, match=r"Overrides\.create_optimizer: ds_config"):
+        Overrides(made, one.args, **rest)
+
+
+def test_the_best_model_needs_its_state(tmp_path):
+    best = {
+        "save_only_model": True,
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    with pytest.raises(CompatError, match="reads the state that it leaves out"):
+        ours(tmp_path, config(), **best)
