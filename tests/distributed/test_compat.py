@@ -85,6 +85,31 @@ def test_an_overflow_on_one_rank_is_skipped_on_both(ranks, zero):
         assert a.isfinite().all()
 
 
+def twice(loss_of):
+    """Rank 1 overflows at two steps in a row; hysteresis forgives the first."""
+    rule = zf.DynamicLossScale(initial_scale_power=8, hysteresis=2)
+    policy = zf.precision("fp16", loss_scale=rule)
+    engine = cases.engine_of(
+        cases.made(cases.WithLoss), zero=2, transforms=(policy,), compute=torch.float16
+    )
+    said = []
+    for i in range(4):
+        loss = loss_of(engine, *cases.batch(i, dist.get_rank()), dist.get_rank())
+        engine.backward(loss * 1e9 if i in (1, 2) and dist.get_rank() else loss)
+        engine.step()
+        said.append((engine.cur_scale, engine.skipped_steps))
+    return said, [p.detach() for p in engine.module.parameters()]
+
+
+@pytest.mark.parametrize("loss_of", [cases.default_loss, on_one_rank])
+def test_hysteresis_is_that_of_all_ranks(ranks, loss_of):
+    (said, params), (other, others) = ranks(2).run(twice, loss_of)
+    assert said == other == [(256.0, 0), (256.0, 1), (128.0, 2), (128.0, 2)]
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
 def unequal_seeds(zero):
     torch.manual_seed(dist.get_rank())
     module = cases.Net()
@@ -124,6 +149,10 @@ def test_a_checkpoint_of_stage_3_goes_on_at_stage_1(ranks, tmp_path):
     for a, b in zip(params, module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     assert (tmp_path / "pytorch_model.bin").is_file()
+    alone = cases.engine_of(cases.made(), zero=2)  # and on one rank
+    assert alone.load_checkpoint(tmp_path)[1] == {"seen": 24}
+    for a, b in zip(alone.module.parameters(), params, strict=True):
+        assert torch.equal(a, b)
 
 
 def trained(folder, kind, stage):

@@ -116,6 +116,12 @@ def check_module(module: Any) -> None:
                 "its forward, which a pure function cannot: use GroupNorm or "
                 "LayerNorm, or track_running_stats=False"
             )
+        on_cpu = not torch.cuda.is_available()
+        if isinstance(part, nn.LSTM) and on_cpu and torch.backends.mkldnn.enabled:
+            raise CompatError(
+                f"{where} is an LSTM, whose kernel of oneDNN cannot be differentiated "
+                "under torch.func: call torch.backends.mkldnn.set_flags(False) first"
+            )
         if getattr(part, "rope_type", None) in ("dynamic", "longrope"):
             raise CompatError(
                 f"{where} has rope_type={part.rope_type!r}, which writes to a buffer "

@@ -154,3 +154,22 @@ def test_modules_without_values():
     compat.initialize(model=module, config=CONFIG)
     with refused("was given to an engine before"):
         compat.initialize(model=module, config=CONFIG)
+
+
+def test_an_lstm_needs_the_kernels_of_torch():
+    torch.manual_seed(0)
+    module, same = nn.LSTM(5, 3), nn.LSTM(5, 3)
+    same.load_state_dict(module.state_dict())
+    with refused(r"is an LSTM, whose kernel of oneDNN .*set_flags\(False\)"):
+        engine_of(module)
+    x, _ = batch(0)
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        engine = engine_of(module)
+        engine.backward(engine(x)[0].square().mean())
+        engine.step()
+        same(x)[0].square().mean().backward()
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    norms = torch.stack([p.grad.norm() for p in same.parameters()])
+    assert engine.get_global_grad_norm() == pytest.approx(float(norms.norm()), rel=1e-5)
