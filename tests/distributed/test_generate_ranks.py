@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that stay in pieces: the tokens of one rank, a layer at a time, no hang."""
 
+import dataclasses
 import functools
+import re
 
 import pytest
 import torch
@@ -122,6 +124,40 @@ def other_lengths():
 def test_ranks_that_would_hang_are_told(ranks):
     for message in ranks(2).run(other_lengths):
         assert "max_new_tokens [3, 4]" in message
+
+
+def what_one_rank_cannot(how):
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    params, decoder = params_of(config), zf.models.decoder(config)
+    rank = int(zf.make_mesh({"data": 2}).axis_index("data"))
+    ids, options = IDS.clamp(min=2), {"max_new_tokens": 2}
+    if how == "ids":
+        ids = ids + 60 * rank
+    elif how == "padding":
+        decoder = functools.partial(gpt.apply, config=config)
+        options |= {"attention_mask": MASK} if rank else {}
+    else:
+        params["embedding"][1] = float("nan")
+        ids[:, 3] -= (ids[:, 3] - 1) * rank
+    try:
+        zf.generate(decoder, placed(params), ids, **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("how", "here", "there"),
+    [
+        ("ids", "tokenizer is of another", r"those at \[1\] cannot begin"),
+        ("padding", "plain function", r"those at \[1\] cannot begin"),
+        ("nan", r"rows \[0, 1, 2, 3\] are not", "logits of another rank are not"),
+    ],
+)
+def test_what_one_rank_cannot_none_does(ranks, how, here, there):
+    other, own = ranks(2).run(what_one_rank_cannot, how)
+    assert re.search(here, own)
+    assert re.search(there, other)
 
 
 def peak(jit, layers):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -11,10 +12,16 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from zfunc.core import collectives, random
+from zfunc.core import random
 from zfunc.core.state import TrainState
 from zfunc.core.tree import PyTree, tree_leaves
-from zfunc.inference.options import Request, checked_prompt, checked_request
+from zfunc.inference.options import (
+    Request,
+    check_unpadded,
+    checked_prompt,
+    checked_request,
+)
+from zfunc.inference.ranks import agreed, rows_of_all
 from zfunc.inference.sampling import Sampling
 from zfunc.inference.step import (
     Decoding,
@@ -34,6 +41,8 @@ ASK_EVERY: Final = 8
 SLOTS: Final = 64
 # A decoder keeps the programs of its last so many kinds of call.
 PROGRAMS: Final = 8
+# torch traces in one thread at a time.
+_TRACING: Final = threading.Lock()
 
 
 class Generated(NamedTuple):
@@ -129,21 +138,21 @@ def generate(
     decoder, traceable = _decoder_of(apply)
     if isinstance(params, TrainState):
         raise TypeError("generate: params are a TrainState: type state.params")
-    how = Sampling(temperature, top_k, top_p)
-    request = checked_request(decoder, max_new_tokens, how, eos, pad)
-    ids, attention_mask = checked_prompt(ids, attention_mask, decoder, request)
-    keys = _keys(key, ids)
     check_streamable(params)
     axes = talking(params)
-    _agree(request, axes, ids.device)
+    request, problem = None, None
+    try:
+        how = Sampling(temperature, top_k, top_p)
+        request = checked_request(decoder, max_new_tokens, how, eos, pad)
+        ids, attention_mask = checked_prompt(ids, attention_mask, decoder, request)
+        if not traceable:
+            check_unpadded(attention_mask)
+        keys = _keys(key, ids)
+    except (TypeError, ValueError) as error:
+        problem = error  # told to the other ranks before it is raised
+    request = agreed(request, problem, axes)
 
-    read = ids.shape[1] if decoder.encode is None else 1
-    cache = decoder.init_cache(
-        ids.shape[0],
-        _rounded_up(read + max_new_tokens),
-        dtype=_dtype(params),
-        device=ids.device,
-    )
+    cache = _empty_cache(decoder, params, ids, request)
     logits, cache = read_prompt(decoder, params, ids, attention_mask, cache)
     state = chosen(begun(None, keys, request), logits, cache, request)
     del cache
@@ -171,6 +180,8 @@ def _decoder_of(apply: Any) -> tuple[Decoder, bool]:
 def _keys(key: Any, ids: Tensor) -> Tensor:
     rows = ids.shape[0]
     if isinstance(key, int) and not isinstance(key, bool):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"generate: got key={key}, expected one of 64 bits")
         key = torch.tensor(key, dtype=torch.int64)
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
         what = key.dtype if isinstance(key, Tensor) else type(key).__name__
@@ -200,27 +211,30 @@ def _rounded_up(slots: int) -> int:
     return -(-slots // SLOTS) * SLOTS
 
 
-def _agree(request: Request, axes: Any, device: torch.device) -> None:
-    """Ranks that gather from each other must take the same steps, or they hang."""
-    mine = torch.tensor([request.max_new_tokens, len(request.eos)], device=device)
-    for mesh, axis in axes:
-        rows = collectives.all_gather(mine[None], axis, mesh)
-        if bool((rows != mine).any()):
-            raise ValueError(
-                f"generate: the ranks of axis {axis!r} have max_new_tokens "
-                f"{rows[:, 0].tolist()} and {rows[:, 1].tolist()} ends, expected the "
-                "same on every rank: they gather the parameters together"
-            )
+def _empty_cache(
+    decoder: Decoder, params: PyTree, ids: Tensor, request: Request
+) -> Any:
+    read = ids.shape[1] if decoder.encode is None else 1
+    slots = _rounded_up(read + request.max_new_tokens)
+    return decoder.init_cache(
+        ids.shape[0], slots, dtype=_dtype(params), device=ids.device
+    )
 
 
 def _step(
     decoder: Decoder, request: Request, params: PyTree, state: Decoding, *, jit: bool
 ) -> Step:
     """The decode step: as it is, or traced for these shapes."""
-    if not jit:
+    if not jit or request.max_new_tokens == 1:  # then there is none
         return functools.partial(decoded, decoder, request, donate=True)
-    ambient = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
-    made_for = (request, ambient, signature(params), signature(state))
+    made_for = (request, _ambient(), signature(params), signature(state))
+    with _TRACING:
+        return _program(decoder, request, params, state, made_for)
+
+
+def _program(
+    decoder: Decoder, request: Request, params: PyTree, state: Decoding, made_for: Any
+) -> Step:
     program = decoder.programs.pop(made_for, None)
     if program is None:
         pure = functools.partial(decoded, decoder, request, donate=False)
@@ -229,6 +243,17 @@ def _step(
     while len(decoder.programs) > PROGRAMS:
         decoder.programs.pop(next(iter(decoder.programs)))
     return program  # type: ignore[no-any-return]
+
+
+def _ambient() -> tuple[Any, ...]:
+    """What of torch's own settings a step is traced with."""
+    autocast = [
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    onednn = torch.backends.mkldnn.enabled
+    return torch.get_default_dtype(), onednn, *autocast
 
 
 def _run(
@@ -248,16 +273,16 @@ def _all_ended(state: Decoding, axes: Any) -> bool:
 
 
 def _result(decoder: Decoder, ids: Tensor, state: Decoding, axes: Any) -> Generated:
-    if bool(state.broken.any()):
+    mine = torch.stack([state.lengths.max(), state.broken.any().long()])
+    longest, broken = rows_of_all(mine, axes).amax(0).tolist()
+    if broken:
         rows = state.broken.nonzero()[:, 0].tolist()
+        where = f"rows {rows}" if rows else "another rank"
         raise ValueError(
-            f"generate: the logits of rows {rows} are not numbers (nan): the "
+            f"generate: the logits of {where} are not numbers (nan): the "
             "parameters are not a trained model's, or overflow in their dtype"
         )
-    longest = state.lengths.max()[None]
-    for mesh, axis in axes:
-        longest = collectives.all_gather(longest, axis, mesh).max()[None]
     if decoder.start is not None:
         ids = first_tokens(ids, decoder.start)
-    text = torch.cat([ids, state.ids[:, : int(longest)]], dim=1)
+    text = torch.cat([ids, state.ids[:, :longest]], dim=1)
     return Generated(text, state.lengths, state.finished)

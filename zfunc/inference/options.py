@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zfunc.inference.sampling import Sampling
 from zfunc.models.decoding import Decoder
+
+# Logits of 1e8 over it are still numbers in float32.
+LEAST_TEMPERATURE: Final = 1e-30
 
 
 class Request(NamedTuple):
@@ -72,6 +75,11 @@ def _check_sampling(how: Sampling) -> None:
         "token) on",
     )
     _require(
+        temperature == 0 or temperature >= LEAST_TEMPERATURE,
+        f"got temperature={temperature!r}, by which logits in float32 cannot be "
+        "divided: type 0 for the most likely token",
+    )
+    _require(
         top_k is None or (_is_int(top_k) and top_k >= 1),
         f"got top_k={top_k!r}, expected a positive integer, or None for all tokens",
     )
@@ -124,6 +132,26 @@ def checked_prompt(
         ),
     )
     return ids.to(torch.int64), attention_mask
+
+
+def check_unpadded(attention_mask: Tensor | None) -> None:
+    """Raise for padding, of which a plain function is not told.
+
+    Args:
+      attention_mask: As ``checked_prompt`` returns it.
+
+    Raises:
+      ValueError: There is padding.
+
+    Examples:
+      >>> check_unpadded(None)
+    """
+    _require(
+        attention_mask is None,
+        "got an attention_mask with padding for a plain function of (params, ids), "
+        "which is not told of it: generate rows of one length together, or pass a "
+        "Decoder",
+    )
 
 
 def _check_ids(ids: Any, decoder: Decoder) -> None:

@@ -162,6 +162,19 @@ def test_a_program_is_kept_for_the_next_call(decoder):
     assert len(decoder.programs) == 8
 
 
+def test_autocast_has_programs_of_its_own(decoder):
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            text(decoder, jit=True)
+    text(decoder, jit=True)
+    assert len(decoder.programs) == 3
+
+
+def test_one_token_needs_no_program(decoder):
+    text(decoder, jit=True, max_new_tokens=1)
+    assert not decoder.programs
+
+
 def test_logits_of_padded_rows_are_those_of_the_prompts_alone(decoder):
     params, mask = params_of(), MASK
     cache = decoder.init_cache(3, 12)
@@ -285,6 +298,8 @@ BAD = [
     ({"temperature": -1.0}, "temperature=-1.0, expected a number from 0"),
     ({"temperature": float("nan")}, "temperature=nan"),
     ({"temperature": True}, "temperature=True"),
+    ({"temperature": 1e-40}, "temperature=1e-40, by which logits"),
+    ({"key": 2**64}, "expected one of 64 bits"),
     ({"top_k": 0, "temperature": 1.0}, "top_k=0, expected a positive"),
     ({"top_k": 5}, "top_k=5 with temperature=0"),
     ({"top_p": 0.0, "temperature": 1.0}, r"top_p=0.0, expected a probability in \(0"),
