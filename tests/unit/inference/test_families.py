@@ -2,6 +2,7 @@
 """Greedy tokens are those of transformers, for each family, padded and not."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,6 +109,43 @@ def test_a_masked_language_model_is_refused():
         _, loss_fn = zf.models.from_hf(config, task=task, dropout="off")
         with pytest.raises(zf.models.ModelError, match=why):
             zf.models.decoder(loss_fn)
+
+
+def test_a_classifier_is_refused():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**FAMILIES["llama"][1])
+    _, loss_fn = zf.models.from_hf(config, task="sequence-classification")
+    with pytest.raises(zf.models.ModelError, match="does not generate"):
+        zf.models.decoder(loss_fn)
+
+
+def test_frozen_pieces_are_generated_with_as_parameters():
+    model, mesh = model_of("llama"), zf.make_mesh({"data": 1})
+    ids, _ = prompts("llama", padded=False)
+    params, loss_fn = zf.models.from_hf(
+        model, dropout="off", trainable=["*.q_proj.weight"], mesh=mesh
+    )
+    one, options = zf.models.decoder(loss_fn), {"max_new_tokens": 4}
+    with pytest.raises(zf.PlacementError, match=r"\*\*loss_fn\.frozen, \*\*params"):
+        zf.generate(one, params, ids, **options)
+    got = zf.generate(one, {**loss_fn.frozen, **params}, ids, **options)
+    assert torch.equal(got.ids, zf.generate(*ours(model), ids, **options).ids)
+
+
+def test_threads_share_a_decoder():
+    decoder, params = ours(model_of("llama"))
+    ids, _ = prompts("llama", padded=False)
+    other = {name: p * 0.5 for name, p in params.items()}
+
+    def made(weights, wanted):
+        return zf.generate(decoder, weights, ids, max_new_tokens=wanted).ids
+
+    asked = [(w, n) for n in range(2, 14) for w in (params, other)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(made, *zip(*asked, strict=True)))
+    for (weights, wanted), got in zip(asked, found, strict=True):
+        assert torch.equal(got, made(weights, wanted))
 
 
 def test_learned_positions_end():

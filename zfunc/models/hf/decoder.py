@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import threading
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
+from zfunc.core.errors import PlacementError
+from zfunc.core.sharding import is_sharded
 from zfunc.models import gpt_decoder
 from zfunc.models.decoding import Decoder, KVCache, kv_cache, reading
 from zfunc.models.gpt_config import GPTConfig
@@ -28,6 +31,8 @@ from zfunc.models.hf.private import Rebinding
 _TABLES: Final = ("wpe", "embed_positions", "position_embeddings")
 # Their configurations say is_decoder=False, and they are causal all the same.
 _CAUSAL: Final = ("gpt2", "gpt_neox")
+# The tasks whose logits are of the next token.
+_GENERATING: Final = ("causal-lm", "seq2seq-lm")
 
 
 def decoder(loss_fn: HFLoss | GPTConfig) -> Decoder:
@@ -67,7 +72,7 @@ def decoder(loss_fn: HFLoss | GPTConfig) -> Decoder:
             "zf.models.from_hf(...)"
         )
     _check_causal(loss_fn)
-    forward = _Forward(loss_fn, frozenset(_names(loss_fn.module)))
+    forward = _Forward(loss_fn, frozenset(_names(loss_fn.module)), threading.RLock())
     both = bool(loss_fn.config.is_encoder_decoder)
     sizes = _sizes(forward, both)
 
@@ -94,13 +99,16 @@ class _Forward(NamedTuple):
 
     loss_fn: HFLoss
     names: frozenset[str]
+    lock: Any
 
     def call(self, params: Mapping[str, Any], **inputs: Any) -> Any:
         """The module's outputs."""
         loss = self.loss_fn
         known = {k: x for k, x in inputs.items() if k in self.names}
+        _check_frozen(loss, params)
         weights = loss.weights(params)
-        with Rebinding(loss.config.model_type):
+        # functional_call sets the module's parameters: one thread at a time.
+        with self.lock, Rebinding(loss.config.model_type):
             return functional_call(
                 loss.module, (weights, dict(loss.buffers)), (), known
             )
@@ -209,7 +217,9 @@ def _sizes(forward: _Forward, both: bool) -> list[tuple[int, int]]:
 
 def _check_causal(loss_fn: HFLoss) -> None:
     config, name = loss_fn.config, type(loss_fn.module).__name__
-    if not {"past_key_values", "use_cache"} <= set(_names(loss_fn.module)):
+    if loss_fn.kind not in _GENERATING or not {"past_key_values", "use_cache"} <= set(
+        _names(loss_fn.module)
+    ):
         raise ModelError(
             f"decoder: {name} does not generate text: load a causal language model "
             '(zf.models.from_hf(..., task="causal-lm")).'
@@ -227,6 +237,16 @@ def _check_causal(loss_fn: HFLoss) -> None:
             f"decoder: {name} has _attn_implementation="
             f"{config._attn_implementation!r}, expected 'sdpa' or 'eager'."
         )
+
+
+def _check_frozen(loss_fn: HFLoss, params: Mapping[str, Any]) -> None:
+    for name, leaf in loss_fn.frozen.items():
+        if is_sharded(leaf) and name not in params:
+            raise PlacementError(
+                f"decoder: frozen[{name!r}] is in pieces, {leaf.sharding.spec}, which "
+                "are gathered of parameters only: generate with {**loss_fn.frozen, "
+                "**params} as the params."
+            )
 
 
 def _names(module: torch.nn.Module) -> list[str]:
