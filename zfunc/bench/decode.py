@@ -154,6 +154,11 @@ def _run(plan: DecodePlan, say: Callable[[str], None]) -> DecodeResult:
     say("tracing, and comparing tokens")
     trace_s, first = _timed(ours)
     _, second = _timed(theirs)
+    if first.shape != second.shape:
+        raise TokensDifferError(
+            f"one says {tuple(first.shape)} tokens and the other "
+            f"{tuple(second.shape)}: the times cannot be compared"
+        )
     if not torch.equal(first, second):
         where = int((first != second).any(0).nonzero()[0])
         raise TokensDifferError(

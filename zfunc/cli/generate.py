@@ -238,11 +238,16 @@ def _tokenizer(transformers: Any, model: Path) -> Any:
 def _ends(model: Path, config: Any) -> tuple[int, ...]:
     """What ends a text: as the directory says of generation, else of the model."""
     path = model / "generation_config.json"
-    said = json_module.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        said = json_module.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UsageError([Problem(str(path), f"is no JSON: {error}")]) from error
     ends = said.get("eos_token_id", getattr(config, "eos_token_id", None))
     if ends is None:
         return ()
-    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+    several = tuple(ends) if isinstance(ends, list) else (int(ends),)
+    # An id past the vocabulary is never generated.
+    return tuple(end for end in several if 0 <= end < config.vocab_size)
 
 
 def _first_lines(text: str, most: int = 3) -> str:

@@ -42,11 +42,15 @@ def test_what_cannot_be_used(tmp_path):
         assert why in result.output
 
 
-def test_other_tokens_are_an_error(monkeypatch):
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [([[1, 2, 4]], "from position 2 on"), ([[1, 2]], r"one says \(1, 3\) tokens")],
+)
+def test_other_tokens_are_an_error(monkeypatch, other, why):
     plan = DecodePlan(decode_model("tiny"), 1, 3, 4, 1, 1)
-    texts = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]])
+    texts = torch.tensor([[1, 2, 3]]), torch.tensor(other)
     monkeypatch.setattr(
         decode, "_contenders", lambda plan: tuple(lambda x=x: x for x in texts)
     )
-    with pytest.raises(TokensDifferError, match="from position 2 on"):
+    with pytest.raises(TokensDifferError, match=why):
         run_decode(plan, print)

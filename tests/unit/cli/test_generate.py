@@ -2,6 +2,7 @@
 """``zfunc generate``: from a directory of transformers and from a training run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -122,3 +123,16 @@ def test_what_cannot_be_used(directory, run, tmp_path):
         2,
         "error: --prompt '': has no tokens: type some\n",
     )
+
+
+def test_ends_that_the_directory_gives(directory, tmp_path):
+    arguments = ("--model", tmp_path, "--prompt", "w5 w6", "--max-new-tokens", 9)
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    said = tmp_path / "generation_config.json"
+    text = json.loads(typed(*arguments, "--json").output)["ids"]
+    said.write_text(json.dumps({"eos_token_id": [text[3], 128_001]}))
+    assert json.loads(typed(*arguments, "--json").output)["ids"] == text[:4]
+    said.write_text("{")
+    result = typed(*arguments)
+    assert result.exit_code == 2
+    assert "generation_config.json: is no JSON" in result.output
