@@ -267,6 +267,18 @@ def _check(ids: Tensor, cache: KVCache, attention_mask: Tensor | None) -> None:
         )
 
 
+def _check_logits(logits: Any, ids: Tensor) -> None:
+    """Raise where a plain function returns something else."""
+    shape = tuple(getattr(logits, "shape", ()))
+    if not isinstance(logits, Tensor) or (len(shape), shape[:2]) != (3, ids.shape):
+        rows, length = ids.shape
+        raise ValueError(
+            f"uncached: of ids [{rows}, {length}] the function makes a "
+            f"{type(logits).__name__} {shape}, expected logits [{rows}, "
+            f"{length}, V], those of every position"
+        )
+
+
 def uncached(apply: Callable[[PyTree, Tensor], Tensor]) -> Decoder:
     """A decoder of any causal function, which runs all that was read for each token.
 
@@ -321,6 +333,7 @@ def uncached(apply: Callable[[PyTree, Tensor], Tensor]) -> Decoder:
         put = known.index_copy_ if donate else known.index_copy
         known = put(1, where.slots, ids.to(torch.int64))
         logits = apply(params, known)
+        _check_logits(logits, known)
         wanted = where.slots if all_logits else where.slots[-1:]
         new = KVCache((), (), where.mask, cache.length + ids.shape[1], {"ids": known})
         return logits.index_select(1, wanted), new

@@ -354,6 +354,12 @@ def test_padding_for_a_plain_function_is_refused():
         text(functools.partial(gpt.apply, config=CONFIG), attention_mask=MASK)
 
 
+@pytest.mark.parametrize("cut", [lambda x: (x, 1), lambda x: x[:, -1], lambda x: x[:1]])
+def test_a_plain_function_that_returns_no_logits(cut):
+    with pytest.raises(ValueError, match=r"expected logits \[3, 64, V\]"):
+        text(lambda params, ids: cut(gpt.apply(params, ids, CONFIG)))
+
+
 def test_logits_that_are_not_numbers(decoder):
     params = {**params_of(), "final_norm": torch.full((32,), float("nan"))}
     for how in ({}, {"temperature": 1.0}):
