@@ -188,8 +188,7 @@ PLACEMENT = {
             zf.shard(params_of(), one_rank()).params, one_rank(), spec=zf.P()
         ),
         zf.PlacementError,
-        "params are placed already: leave spec out. Give it to what placed them "
-        "(zf.models.from_hf(..., mesh=mesh, spec=...)), or move them with zf.reshard.",
+        "params are placed already: give spec= to what placed them (from_hf).",
     ),
     "parameters that are placed on another mesh": Wrong(
         lambda: zf.shard(

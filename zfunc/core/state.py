@@ -148,9 +148,7 @@ def shard(
         spec = P("data") if mesh.axes else P()
     elif len(tree_leaves(plain)) < len(tree_leaves(params)):
         raise PlacementError(
-            "params are placed already: leave spec out. Give it to what placed them "
-            "(zf.models.from_hf(..., mesh=mesh, spec=...)), or move them with "
-            "zf.reshard."
+            "params are placed already: give spec= to what placed them (from_hf)."
         )
     if mesh.kind == "process" and tree_leaves(plain):
         _check_agreement(plain, mesh)
