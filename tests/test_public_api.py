@@ -128,8 +128,7 @@ SIGNATURES = {
     "model_parameters=None, training_data=None, lr_scheduler=None, "
     "distributed_port=29500, mpu=None, dist_init_required=None, collate_fn=None, "
     "config=None, mesh_param=None, config_params=None)",
-    "compat.Engine.backward": "(self, loss, retain_graph=False, *, "
-    "scale_wrt_gas=True)",
+    "compat.Engine.backward": "(self, loss, retain_graph=False, *, scale_wrt_gas=True)",
     "compat.Engine.save_checkpoint": "(self, save_dir, tag=None, client_state=None, "
     "save_latest=True)",
     "compat.Engine.load_checkpoint": "(self, load_dir, tag=None, *, "
