@@ -16,7 +16,7 @@ from zfunc.config.effects import Context, defaults_of, explained
 from zfunc.config.errors import ConfigError
 from zfunc.config.keys_training import BATCH
 from zfunc.config.keys_zero import ZERO
-from zfunc.config.numerics import Numerics, numerics
+from zfunc.config.numerics import Numerics, numerics, with_masters
 from zfunc.config.programs import jit_options
 from zfunc.config.reading import read
 from zfunc.config.schedules import TOTAL
@@ -233,6 +233,7 @@ def _interpretation(
         (dtype or torch.float32).itemsize
         for dtype in (numbers.gather_dtype, numbers.reduce_dtype)
     )
+    has_masters = numbers.compute != "fp32" and numbers.storage is None
     sizes = data.train_batch_size, data.micro_batch_size, data.accumulation_steps
     context = Context(
         stage,
@@ -244,7 +245,7 @@ def _interpretation(
         dict(zip(BATCH, sizes, strict=True)),
     )
     return Interpretation(
-        tx=update.tx,
+        tx=with_masters(update.tx) if has_masters else update.tx,
         transforms=(placed, *numbers.transforms, *split),
         jit=jit_options(checked.values, stage, gather_bytes, reduce_bytes),
         data=data,

@@ -9,7 +9,10 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from zfunc.config.errors import Problem, shown
+from zfunc.core.sharding import is_sharded
 from zfunc.core.step import Transform
+from zfunc.core.tree import PyTree, leaves_with_path
+from zfunc.optim.base import GradientTransformation
 from zfunc.transforms.loss_scale import DynamicLossScale, StaticLossScale
 from zfunc.transforms.precision import precision, skip_nonfinite
 
@@ -34,6 +37,27 @@ class Numerics(NamedTuple):
     reduce_dtype: torch.dtype | None
     storage: torch.dtype | None
     transforms: tuple[Transform, ...]
+
+
+def with_masters(tx: GradientTransformation) -> GradientTransformation:
+    """The optimizer, which refuses parameters that are no float32 master weights.
+
+    Args:
+      tx: The optimizer of a configuration that computes in half precision.
+    """
+
+    def init(params: PyTree) -> PyTree:
+        for path, leaf in leaves_with_path(params, is_sharded):
+            dtype = leaf.buffer.dtype if is_sharded(leaf) else leaf.dtype
+            if dtype in (torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"params[{path!r}] is stored in {dtype}, and the configuration "
+                    "computes in half precision on float32 master weights: pass "
+                    "dtype=torch.float32 to zf.models.from_hf or to zf.shard."
+                )
+        return tx.init(params)
+
+    return tx._replace(init=init)
 
 
 def numerics(get: Any, stage: int, problems: list[Problem]) -> Numerics:

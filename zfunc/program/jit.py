@@ -124,6 +124,10 @@ class Jitted:
             program = change(program)
         return write_over(program)
 
+    def loss_scale_of(self, state: TrainState) -> Any:
+        """The state's loss scale, as of the step that was traced."""
+        return self._step.loss_scale_of(state)
+
     def __repr__(self) -> str:
         return f"<jit {self._step!r}>"
 

@@ -105,3 +105,29 @@ def test_bf16_storage():
     step = zf.train_step(loss_fn, made.tx, *made.transforms)
     params, _ = trained(step, **made.shard)
     assert {leaf.dtype for leaf in params.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extra", [BF16, FP16])
+def test_half_precision_wants_masters(dtype, extra):
+    tx, transforms, *_ = zf.from_ds_config(
+        {**CONFIG, **extra, "zero_optimization": {"stage": 3}}, world=1
+    )
+    state = zf.shard({"w": torch.ones(4, 4)}, zf.make_mesh({"data": 1}), dtype=dtype)
+    step = zf.train_step(lambda p, x: (x @ p["w"]).sum(), tx, *transforms)
+    with pytest.raises(TypeError) as caught:
+        step(state, torch.ones(12, 4))
+    assert str(caught.value) == (
+        f"params['w'] is stored in {dtype}, and the configuration computes in half "
+        "precision on float32 master weights: pass dtype=torch.float32 to "
+        "zf.models.from_hf or to zf.shard."
+    )
+
+
+def test_a_program_tells_the_loss_scale_of_a_state():
+    tx, transforms, *_ = zf.from_ds_config({**CONFIG, **FP16}, world=1)
+    step = zf.train_step(loss_fn, tx, *transforms)
+    state = zf.shard({"w": torch.ones(2)}, zf.make_mesh({}))
+    expected = step.loss_scale_of(state)
+    assert float(expected.scale) == 2.0**16
+    assert zf.jit(step).loss_scale_of(state) == expected
