@@ -119,7 +119,7 @@ SIGNATURES = {
     "trainable=None, dropout=None)",
     "models.lora": "(params, loss_fn, *, rank, alpha=None, targets, key=0)",
     "models.merge_lora": "(params, loss_fn)",
-    "models.pack": "(sequences, length, *, pad_id=0)",
+    "models.pack": "(sequences, length, *, pad_id=0, rows=None)",
     "models.split": "(params, trainable)",
     "train_step": "(loss_fn, tx, *transforms)",
     "partition": "(zero, *, axis='data', gather_dtype=None, reduce_dtype=None, "

@@ -181,7 +181,9 @@ def _in_words(made: Interpretation) -> str:
 
 
 def _table(title: str, entries: Sequence[Entry]) -> Table:
-    table = Table(title, "value", "status", "what it becomes", box=None)
+    table = Table(box=None)
+    for name in (title, "value", "status", "what it becomes"):
+        table.add_column(name, overflow="fold")
     for entry in entries:
         became = f"{entry.became} ({entry.note})" if entry.note else entry.became
         value = json_format.dumps(entry.value, default=str)

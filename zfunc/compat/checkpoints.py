@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zfunc.checkpoint.files import fsync_directory
+from zfunc.checkpoint.find import is_step_name
 from zfunc.checkpoint.find import latest as newest_in
-from zfunc.checkpoint.keep import Keep
 from zfunc.checkpoint.restore import Restored, restore
 from zfunc.checkpoint.save import save
 from zfunc.compat.errors import CompatError
@@ -40,7 +42,7 @@ def write(
     *,
     save_latest: bool,
 ) -> Path:
-    """Save under a tag, on every rank; an older step under the same tag is replaced.
+    """Save under a tag, on every rank; what was there is replaced, when this is whole.
 
     Args:
       folder: The script's ``save_dir``.
@@ -51,19 +53,43 @@ def write(
       save_latest: Whether ``latest`` names this tag then.
 
     Raises:
-      CompatError: A tag that is no name of a folder.
+      CompatError: A tag that is no name of a folder, or of one with other things in it.
       CheckpointError: What ``zfunc.checkpoint.save`` raises.
     """
     if tag != Path(tag).name or tag in ("", ".", "..", LATEST):
         raise CompatError(f"save_checkpoint: tag {tag!r} is not a name of a folder")
-    root = Path(folder) / tag
-    path = save(root, state, meta={"tag": tag, **meta}, keep=Keep(last=1))
-    if save_latest and mesh.rank == 0:
-        draft = Path(folder) / f".{LATEST}.new"
-        draft.write_text(tag, encoding="utf-8")
-        draft.replace(Path(folder) / LATEST)
+    root, draft = Path(folder) / tag, Path(folder) / f".{tag}.new"
+    refuse_theirs(root)
+    others = [name for name in _names(root) if not is_step_name(name)]
+    if others:
+        raise CompatError(
+            f"save_checkpoint: {root} holds {others[0]!r}, which is no checkpoint and "
+            "would be removed: give another tag or folder"
+        )
+    wait_for_all(mesh)  # until every rank has looked
+    if mesh.rank == 0:  # of a process that died amid a save
+        shutil.rmtree(draft, ignore_errors=True)
     wait_for_all(mesh)
-    return path
+    path = save(draft, state, meta={"tag": tag, **meta})
+    if mesh.rank == 0:
+        _put(draft, root)
+        if save_latest:
+            pointer = Path(folder) / f".{LATEST}.new"
+            pointer.write_text(tag, encoding="utf-8")
+            pointer.replace(Path(folder) / LATEST)
+        fsync_directory(Path(folder))
+    wait_for_all(mesh)
+    return root / path.name
+
+
+def _put(draft: Path, root: Path) -> None:
+    """Give a whole folder its name; another that has it goes after that."""
+    old = root.with_name(f".{root.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if root.exists():
+        root.rename(old)
+    draft.rename(root)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read(
@@ -102,14 +128,17 @@ def refuse_theirs(folder: str | os.PathLike[str]) -> None:
     Raises:
       CompatError: with how to take its weights over.
     """
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    theirs = [name for name in sorted(names) if _THEIRS.match(name)]
+    theirs = [name for name in _names(folder) if _THEIRS.match(name)]
     if theirs:
         raise CompatError(
             f"{folder} is a checkpoint of DeepSpeed ({theirs[0]}), which zfunc does "
             "not read: make a state dict of it with the zero_to_fp32.py that lies "
             "beside it, and load that into the model before zfunc.compat.initialize"
         )
+
+
+def _names(folder: str | os.PathLike[str]) -> list[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def write_half(path: Path, module: torch.nn.Module, dtype: torch.dtype | None) -> None:

@@ -281,11 +281,24 @@ def test_a_tag_that_is_used_again_holds_the_newest(tmp_path):
         engine_run(engine, 1)
         engine.save_checkpoint(tmp_path, tag="best", save_latest=False)
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["step-00000002"]
+    assert engine.save_checkpoint(tmp_path, tag="best", save_latest=False)  # once more
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
     assert not (tmp_path / "latest").exists()
     fresh = engine_of(made())
     fresh.load_checkpoint(tmp_path, "best", load_module_only=True)
     assert fresh.global_steps == 0
     assert_same(fresh, engine.module)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mp_rank_00_model_states.pt"])
+def test_a_folder_with_other_things_in_it_is_kept(tmp_path, name):
+    engine = engine_of(made())
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / name).write_text("mine")
+    with pytest.raises(CompatError, match=name):
+        engine.save_checkpoint(tmp_path, tag="best")
+    assert (tmp_path / "best" / name).read_text() == "mine"
+    assert not (tmp_path / "latest").exists()
 
 
 def test_checkpoints_that_are_refused(tmp_path):

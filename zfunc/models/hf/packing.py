@@ -29,7 +29,11 @@ PACKABLE: Final = frozenset(
 
 
 def pack(
-    sequences: Iterable[Sequence[int] | torch.Tensor], length: int, *, pad_id: int = 0
+    sequences: Iterable[Sequence[int] | torch.Tensor],
+    length: int,
+    *,
+    pad_id: int = 0,
+    rows: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Documents laid end to end into rows of ``length``, each in the first row it fits.
 
@@ -37,6 +41,8 @@ def pack(
       sequences: Token ids, each document at most ``length`` long.
       length: Tokens per row.
       pad_id: What fills the ends of rows.
+      rows: The number of rows, so that ranks and steps have equally many; those that
+        no document is in are padding. Default: as many as it takes.
 
     Returns:
       A batch for ``from_hf(..., packed=True)``: ``input_ids``; ``labels``, -100 at the
@@ -45,7 +51,8 @@ def pack(
       int64 tensor ``[rows, length]``.
 
     Raises:
-      ModelError: a document that is empty or longer than ``length``.
+      ModelError: a document that is empty or longer than ``length``, or more of them
+        than fit into ``rows``.
 
     Laws: the loss of the packed batch is that of its documents one by one.
 
@@ -67,7 +74,9 @@ def pack(
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ModelError(f"pack: length is a number of tokens >= 1, got {length!r}.")
-    rows: list[list[list[int]]] = []
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ModelError(f"pack: rows is a number of rows >= 1, got {rows!r}.")
+    filled: list[list[list[int]]] = []
     free: list[int] = []
     for i, sequence in enumerate(sequences):
         ids = [int(token) for token in sequence]
@@ -76,15 +85,21 @@ def pack(
                 f"pack: sequence {i} has {len(ids)} tokens and a row {length}: cut it "
                 "into pieces, drop it, or give longer rows."
             )
-        where = next((r for r, room in enumerate(free) if room >= len(ids)), len(rows))
-        if where == len(rows):
-            rows.append([])
+        where = next((r for r, room in enumerate(free) if room >= len(ids)), len(free))
+        if where == len(filled):
+            filled.append([])
             free.append(length)
-        rows[where].append(ids)
+        filled[where].append(ids)
         free[where] -= len(ids)
-    if not rows:
+    if not filled:
         raise ModelError("pack: there are no sequences.")
-    columns = [_row(row, length, pad_id) for row in rows]
+    if rows is not None and len(filled) > rows:
+        raise ModelError(
+            f"pack: the sequences take {len(filled)} rows of {length} tokens, and rows "
+            f"is {rows}: give fewer of them, or rows={len(filled)}."
+        )
+    filled += [[] for _ in range((rows or 0) - len(filled))]
+    columns = [_row(row, length, pad_id) for row in filled]
     return {key: torch.stack([row[key] for row in columns]) for key in columns[0]}
 
 
