@@ -33,6 +33,7 @@ from zfunc.inference.step import (
 )
 from zfunc.inference.streamed import check_streamable, sum_over, talking
 from zfunc.models.decoding import Decoder, uncached
+from zfunc.program.jit import ambient
 from zfunc.program.pure import Step, replayed, signature
 
 # Every so many tokens the host asks whether all rows have ended.
@@ -227,7 +228,8 @@ def _step(
     """The decode step: as it is, or traced for these shapes."""
     if not jit or request.max_new_tokens == 1:  # then there is none
         return functools.partial(decoded, decoder, request, donate=True)
-    made_for = (request, _ambient(), signature(params), signature(state))
+    settings = (*ambient(), torch.backends.mkldnn.enabled)
+    made_for = (request, settings, signature(params), signature(state))
     with _TRACING:
         return _program(decoder, request, params, state, made_for)
 
@@ -243,17 +245,6 @@ def _program(
     while len(decoder.programs) > PROGRAMS:
         decoder.programs.pop(next(iter(decoder.programs)))
     return program  # type: ignore[no-any-return]
-
-
-def _ambient() -> tuple[Any, ...]:
-    """What of torch's own settings a step is traced with."""
-    autocast = [
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-        if torch.is_autocast_enabled(kind)
-    ]
-    onednn = torch.backends.mkldnn.enabled
-    return torch.get_default_dtype(), onednn, *autocast
 
 
 def _run(

@@ -86,7 +86,7 @@ class Jitted:
         if self._cache and isinstance(state, TrainState):
             latest = next(reversed(self._cache.values()))
             matched = latest.layout.match(state, batch)
-            if matched is not None and latest.ambient == _ambient():
+            if matched is not None and latest.ambient == ambient():
                 return latest.call(state.grads, matched)
         grads = check_usable(state).grads
         state = _traceable(self._step, state)
@@ -103,7 +103,7 @@ class Jitted:
             check_placed(state)
         leaves, spec = tree_flatten((state, batch))
         _check_leaves((state, batch), leaves)
-        signature = _Signature(spec, tuple(map(_described, leaves)), _ambient())
+        signature = _Signature(spec, tuple(map(_described, leaves)), ambient())
         executable = self._cache.pop(signature, None)
         if executable is None:
             self._say_why(signature, state, batch)
@@ -138,7 +138,7 @@ class Jitted:
             program.run_by(compile_graph),
             layout_of(state, batch, program.out_spec),
             donation_of(state, program) if self._donate else None,
-            _ambient(),
+            ambient(),
         )
 
     def _say_why(self, new: _Signature, state: TrainState, batch: PyTree) -> None:
@@ -181,10 +181,16 @@ def _check_leaves(args: PyTree, leaves: list[Any]) -> None:
             )
 
 
-def _ambient() -> Any:
-    """What of torch's own settings a step is traced with."""
+def ambient() -> tuple[Any, ...]:
+    """What of torch's own settings a step is traced with: the default dtype, autocast.
+
+    Examples:
+      >>> with torch.autocast("cpu", torch.bfloat16):
+      ...     ambient()
+      (torch.float32, ('cpu', torch.bfloat16))
+    """
     autocast = [
-        torch.get_autocast_dtype(kind)
+        (kind, torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda")
         if torch.is_autocast_enabled(kind)
     ]

@@ -13,7 +13,7 @@ from zfunc.inference.sampling import Sampling
 from zfunc.inference.step import begun, chosen, decoded, read_prompt
 from zfunc.models import GPTConfig, gpt
 from zfunc.models.decoding import uncached
-from zfunc.program.pure import lowered
+from zfunc.program.pure import lowered, replayed
 
 CONFIG = GPTConfig(
     vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48
@@ -107,7 +107,7 @@ def test_jit_is_eager_bitwise(decoder, how, dtype):
         step = functools.partial(decoded, decoder, request, donate=True)
         if jit:
             pure = functools.partial(decoded, decoder, request, donate=False)
-            step = zf.program.pure.replayed(pure, params, state)
+            step = replayed(pure, params, state)
         for _ in range(4):
             state = step(params, state)
         return zf.tree_leaves(state)
@@ -127,7 +127,7 @@ def test_the_program_writes_into_the_cache_and_repeats_no_heads(decoder):
     # Keys and values of 2 layers, the mask and the tokens.
     assert calls.count("aten.index_copy_.default") == 6
     assert not {"aten.index_copy.default", "aten.clone.default"} & set(calls)
-    run = zf.program.pure.replayed(step, params, state)
+    run = replayed(step, params, state)
     kept = [x.data_ptr() for x in (*cache.keys, *cache.values)]
     state = run(params, state)
     assert [x.data_ptr() for x in (*state.cache.keys, *state.cache.values)] == kept
@@ -144,9 +144,7 @@ def test_what_is_read_later_is_not_written_over(early):
 
     row, table = torch.ones(1, 3), torch.arange(6.0).reshape(2, 3)
     want = step(row, table)
-    assert torch.equal(
-        zf.program.pure.replayed(step, row, table.clone())(row, table), want
-    )
+    assert torch.equal(replayed(step, row, table.clone())(row, table), want)
 
 
 def test_a_program_is_kept_for_the_next_call(decoder):

@@ -83,9 +83,7 @@ def test_packing_fills_the_first_row_with_room():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, -100], [-100] * 3]
     assert batch["segment_ids"].tolist() == [[1, 1, 2], [0, 0, 0]]
-    with pytest.raises(
-        ModelError, match="take 2 rows of 2 tokens, and rows is 1"
-    ):
+    with pytest.raises(ModelError, match="take 2 rows of 2 tokens, and rows is 1"):
         pack([[1, 2], [3]], 2, rows=1)
     with pytest.raises(ModelError, match="rows is a number of rows >= 1, got 0"):
         pack([[1]], 2, rows=0)
