@@ -150,7 +150,7 @@ def test_another_autocast_or_default_dtype(jitted, lines):
     assert jitted(state_of(), batch_of()).metrics.loss == plain != cast
     assert lines() == [
         "zf.jit traces again: torch's default dtype and autocast are (torch.float32, "
-        "torch.bfloat16)"
+        "('cpu', torch.bfloat16))"
     ]
 
 
