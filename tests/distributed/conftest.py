@@ -7,6 +7,9 @@ import pytest
 
 from tests.distributed.pool import Pool
 
+# What a user would start: a test runs them in processes of their own.
+collect_ignore = ["scripts"]
+
 
 @pytest.fixture(scope="session")
 def ranks():

@@ -72,6 +72,15 @@ def wait_for_step(out, step, process):
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
+def wait_for_checkpoint(out, process):
+    """The first one is written in the background, while steps go on."""
+    end = time.monotonic() + WAIT_S
+    while latest(out / "checkpoints") is None:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def rows(out):
     """The measurements of each step that do not depend on the clock."""
     with (out / "metrics.csv").open(newline="") as file:
@@ -144,6 +153,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(started, text, tmp_path):
     out = tmp_path / "killed"
     process = started("train", *OPTIONS, "--data", text, "--out", out)
     wait_for_step(out, 13, process)
+    wait_for_checkpoint(out, process)
     victim = child_processes(process.pid)[1]
     os.kill(victim, signal.SIGKILL)
     errors = process.communicate(timeout=DEADLINE_S)[1]
@@ -161,9 +171,7 @@ def test_a_second_ctrl_c_stops_at_once(started, text, tmp_path):
     out = tmp_path / "twice"
     process = started("train", *OPTIONS, "--data", text, "--out", out)
     wait_for_step(out, 13, process)
-    while latest(out / "checkpoints") is None:  # saved in the background
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_checkpoint(out, process)
     ranks = child_processes(process.pid)
     for pid in ranks:  # so that the first one cannot be obeyed
         os.kill(pid, signal.SIGSTOP)
