@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import zfunc as zf
 from tests.distributed.pool import answer_after_a_death
-from tests.unit.checkpoint.states import batch, contents, loss, made
+from tests.unit.checkpoint.states import batch, contents, loss, made, message_of
 from zfunc.checkpoint import Keep, list_steps, restore, restore_newest, save, save_async
 from zfunc.checkpoint.agree import GROUP_NAME, own_group
 
@@ -31,14 +31,6 @@ def job():
 def stepper(kind):
     plain = zf.train_step(loss, zf.optim.adamw(1e-2), zf.partition(zero=3))
     return zf.donate(plain) if kind == "donate" else zf.jit(plain, backend="aten")
-
-
-def message_of(fn, *args, **options):
-    try:
-        fn(*args, **options)
-    except zf.CheckpointError as error:
-        return str(error)
-    return ""
 
 
 def slow_disk(late_s):

@@ -21,6 +21,7 @@ from tests.unit.checkpoint.states import (
     contents,
     loss,
     made,
+    message_of,
 )
 from zfunc.checkpoint import latest, list_steps, restore, save
 from zfunc.checkpoint.agree import Peers, agree
@@ -54,14 +55,6 @@ def write_full(path, state, mesh):
             for k, v in full.items()
         }
         save_file(raw, path)
-
-
-def message_of(fn, *args, **options):
-    try:
-        fn(*args, **options)
-    except zf.CheckpointError as error:
-        return str(error)
-    return ""
 
 
 def scene_save(folder):

@@ -132,14 +132,34 @@ def check_world(world: Any) -> int:
       >>> check_world(4)
       4
     """
-    if isinstance(world, bool) or not isinstance(world, int):
+    return check_count("world", world, "the number of data-parallel ranks", 2)
+
+
+def check_count(name: str, value: Any, what: str, example: int) -> int:
+    """An argument that counts something.
+
+    Args:
+      name: Of the argument.
+      value: Its value.
+      what: What it counts.
+      example: A value that could be typed instead.
+
+    Raises:
+      TypeError: Not an int.
+      ValueError: Less than 1.
+
+    Examples:
+      >>> check_count("total_steps", 7, "a number of updates", 1000)
+      7
+    """
+    instead = f"type for example {name}={example}"
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"from_ds_config: world is a {type(world).__name__}, expected the number "
-            "of data-parallel ranks; type for example world=2"
+            f"from_ds_config: {name} is a {type(value).__name__}, expected {what}; "
+            f"{instead}"
         )
-    if world < 1:
+    if value < 1:
         raise ValueError(
-            f"from_ds_config: world is {world}, expected an int >= 1; type for example "
-            "world=2"
+            f"from_ds_config: {name} is {value}, expected an int >= 1; {instead}"
         )
-    return world
+    return value

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zfunc.config.batch import DataOptions, batch_sizes, check_world
+from zfunc.config.batch import DataOptions, batch_sizes, check_count, check_world
 from zfunc.config.checking import Checked, Entry, check
 from zfunc.config.effects import Context, defaults_of, explained
 from zfunc.config.errors import ConfigError
@@ -286,14 +286,5 @@ def _auto(auto: Mapping[str, Any] | None, total_steps: int | None) -> dict[str, 
             )
     if total_steps is None:
         return values
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-        raise TypeError(
-            f"from_ds_config: total_steps is a {type(total_steps).__name__}, expected "
-            "a number of updates; type for example total_steps=1000"
-        )
-    if total_steps < 1:
-        raise ValueError(
-            f"from_ds_config: total_steps is {total_steps}, expected an int >= 1; type "
-            "for example total_steps=1000"
-        )
+    check_count("total_steps", total_steps, "a number of updates", 1000)
     return {TOTAL: total_steps, **values}

@@ -325,15 +325,15 @@ def _block(
 def _attention(
     weights: Params, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, config: GPTConfig
 ) -> Tensor:
-    def heads(name: str) -> Tensor:
-        y = F.linear(x_BTD, weights[name])
-        y_BTHK: Tensor = y.unflatten(-1, (-1, config.head_dim))
-        return y_BTHK.transpose(1, 2)
-
-    q_BHTK = rotate(heads("q"), cos_TK, sin_TK)
-    k_BGTK = rotate(heads("k"), cos_TK, sin_TK)
-    y_BHTK = causal_attention(q_BHTK, k_BGTK, heads("v"))
+    q_BHTK = rotate(_heads(x_BTD, weights["q"], config), cos_TK, sin_TK)
+    k_BGTK = rotate(_heads(x_BTD, weights["k"], config), cos_TK, sin_TK)
+    y_BHTK = causal_attention(q_BHTK, k_BGTK, _heads(x_BTD, weights["v"], config))
     return F.linear(y_BHTK.transpose(1, 2).flatten(2), weights["o"])
+
+
+def _heads(x_BTD: Tensor, weight: Tensor, config: GPTConfig) -> Tensor:
+    y_BTHK: Tensor = F.linear(x_BTD, weight).unflatten(-1, (-1, config.head_dim))
+    return y_BTHK.transpose(1, 2)
 
 
 def _mlp(weights: Params, x_BTD: Tensor, config: GPTConfig) -> Tensor:

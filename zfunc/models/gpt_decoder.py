@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfunc.models.decoding import Decoder, KVCache, Reading, kv_cache, reading
-from zfunc.models.gpt import _mlp, _norm
+from zfunc.models.gpt import _heads, _mlp, _norm
 from zfunc.models.gpt_config import GPTConfig
-from zfunc.models.layers import rotate, widen
+from zfunc.models.layers import rope_frequencies, rotate
 
 Params = dict[str, Any]
 
@@ -95,10 +95,8 @@ def _angles(
     positions_BT: Tensor, config: GPTConfig, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles at these positions, ``[B, 1, T, K/2]``."""
-    options: Any = {"dtype": widen(like.dtype), "device": like.device}
-    exponent_K = torch.arange(0, config.head_dim, 2, **options) / config.head_dim
-    frequency_K = 1.0 / config.rope_theta**exponent_K
-    angle = positions_BT.to(options["dtype"])[:, None, :, None] * frequency_K
+    frequency_K = rope_frequencies(config.head_dim, config.rope_theta, like)
+    angle = positions_BT.to(frequency_K.dtype)[:, None, :, None] * frequency_K
     return angle.cos(), angle.sin()
 
 
@@ -112,15 +110,10 @@ def _attention(
     config: GPTConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's attention, and its keys and values with the new ones."""
-
-    def heads(name: str) -> Tensor:
-        y = F.linear(x_BTD, weights[name])
-        y_BTHK: Tensor = y.unflatten(-1, (-1, config.head_dim))
-        return y_BTHK.transpose(1, 2)
-
-    q_BHTK = rotate(heads("q"), *angles)
-    k_BGSK = where.put(past[0], rotate(heads("k"), *angles))
-    v_BGSK = where.put(past[1], heads("v"))
+    q_BHTK = rotate(_heads(x_BTD, weights["q"], config), *angles)
+    k_BGTK = rotate(_heads(x_BTD, weights["k"], config), *angles)
+    k_BGSK = where.put(past[0], k_BGTK)
+    v_BGSK = where.put(past[1], _heads(x_BTD, weights["v"], config))
     y_BHTK = F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK.to(q_BHTK.dtype),

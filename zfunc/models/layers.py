@@ -122,11 +122,27 @@ def rope_tables(
     References:
       Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021, section 3.4.
     """
-    options: Any = {"dtype": widen(like.dtype), "device": like.device}
-    exponent_K = torch.arange(0, head_dim, 2, **options) / head_dim
-    frequency_K = 1.0 / theta**exponent_K
+    frequency_K = rope_frequencies(head_dim, theta, like)
+    options: Any = {"dtype": frequency_K.dtype, "device": like.device}
     angle_TK = torch.arange(num_positions, **options)[:, None] * frequency_K
     return angle_TK.cos(), angle_TK.sin()
+
+
+def rope_frequencies(head_dim: int, theta: float, like: Tensor) -> Tensor:
+    r"""Rotary angles per position, :math:`\theta^{-2i/K}`: ``[K / 2]``.
+
+    Args:
+      head_dim: K, even.
+      theta: Base of the wavelengths.
+      like: Gives the device, and the dtype ``widen(like.dtype)``.
+
+    Examples:
+      >>> rope_frequencies(4, 10_000.0, torch.zeros(()))
+      tensor([1.0000, 0.0100])
+    """
+    options: Any = {"dtype": widen(like.dtype), "device": like.device}
+    exponent_K = torch.arange(0, head_dim, 2, **options) / head_dim
+    return 1.0 / theta**exponent_K
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

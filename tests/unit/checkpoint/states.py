@@ -123,3 +123,12 @@ def everything(root: Path):
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
         for path in sorted(root.rglob("*"))
     }
+
+
+def message_of(fn, *args, **options):
+    """The error of a checkpoint, "" if there is none."""
+    try:
+        fn(*args, **options)
+    except zf.CheckpointError as error:
+        return str(error)
+    return ""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import zfunc as zf
-from tests.unit.checkpoint.states import assert_same, everything, made
+from tests.unit.checkpoint.states import assert_same, everything, made, message_of
 from zfunc.checkpoint import (
     Keep,
     latest,
@@ -99,15 +99,6 @@ def failing(name, at, error, seen):
     return call
 
 
-def message_of_saving(root, state):
-    """The error of saving, "" if there is none."""
-    try:
-        save(root, state)
-    except zf.CheckpointError as error:
-        return str(error)
-    return ""
-
-
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_a_call_that_fails_leaves_the_old_and_no_leftovers(tmp_path, name, code):
@@ -120,7 +111,7 @@ def test_a_call_that_fails_leaves_the_old_and_no_leftovers(tmp_path, name, code)
         with pytest.MonkeyPatch.context() as patch:
             error = OSError(code, os.strerror(code))
             patch.setattr(os, name, failing(name, at, error, seen))
-            message = message_of_saving(tmp_path, made(step=2))
+            message = message_of(save, tmp_path, made(step=2))
         if len(seen) <= at:  # it did not come to that many calls
             break
         if message:
