@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings every test shares: hypothesis profiles and one thread."""
+"""Settings every test shares: hypothesis profiles, one thread, Triton's interpreter."""
+
+import os
 
 import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU Triton's kernels run in its interpreter, which it chooses when it is
+# imported. (What has to be compiled is compiled in a process of its own.)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Neither profile looks at the clock: a law must not fail because the machine is busy.
 _NO_CLOCK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
