@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate over everything that ships, and the gate over what must not."""
+
+import ast
+import importlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.spilling import CONFIGURATIONS
+from zfunc.kernels import compile_only, swiglu
+from zfunc.kernels.compile_only import ARCHITECTURES, Resources, violations
+
+KERNELS = Path(compile_only.__file__).parent
+GOOD = Resources(
+    registers=32,
+    stack_bytes=0,
+    local_bytes=0,
+    shared_bytes=0,
+    wide=2,
+    narrow=0,
+    num_warps=4,
+    architecture=90,
+)
+
+
+def first_of_each_kernel():
+    """Enough for an architecture that is not measured: a name for each kernel."""
+    names = {}
+    for one in compile_only.shipped():
+        names.setdefault(one.kernel.fn.__name__ + one.name.split("/")[0], one.name)
+    return tuple(names.values())
+
+
+def passes(rows):
+    wrong = [f"{r.name} on sm_{r.resources.architecture}: {r.violations}" for r in rows]
+    failed = [said for said, row in zip(wrong, rows, strict=True) if row.violations]
+    assert rows
+    assert not failed, "\n" + "\n".join(failed)
+
+
+def test_everything_that_ships_passes_for_sm_90():
+    rows = compile_only.report(architectures=(90,))
+    assert [row.name for row in rows] == [c.name for c in compile_only.shipped()]
+    passes(rows)
+
+
+def test_a_configuration_of_each_kernel_passes_for_other_architectures():
+    passes(compile_only.report(first_of_each_kernel(), (80, 100)))
+
+
+def test_the_gate_can_fail():
+    rows = compile_only.report(jobs=1, module="tests.kernels.spilling")
+    found = {row.name: row for row in rows}
+    assert found["good/copy"].violations == ()
+    strided, spills = found["bad/strided"], found["bad/spills"]
+    assert strided.resources.narrow == 8
+    assert strided.violations == (
+        "8 global accesses are narrower than 16 bytes, expected 0 at most",
+    )
+    assert spills.resources.stack_bytes > 0
+    assert spills.violations[0].startswith("stack is ")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"stack_bytes": 8}, ["stack is 8 B, expected 0"]),
+        ({"local_bytes": 4}, ["local is 4 B, expected 0"]),
+        ({"wide": 0}, ["no global access has 16 bytes, expected streams"]),
+        (
+            {"shared_bytes": 227 * 1024 + 1},
+            [
+                "shared memory is 232449 B, expected 232448 at most",
+                "a multiprocessor cannot hold a program",
+            ],
+        ),
+        (
+            {"shared_bytes": 200 * 1024, "architecture": 80},
+            [
+                "shared memory is 204800 B, expected 166912 at most",
+                "a multiprocessor cannot hold a program",
+            ],
+        ),
+    ],
+)
+def test_each_violation_has_its_sentence(change, said):
+    assert violations(CONFIGURATIONS[0], GOOD._replace(**change)) == said
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "programs"),
+    [
+        # 65536 registers: 32 per thread fill every warp; one more costs a quarter.
+        (32, 4, 0, 16),
+        (33, 4, 0, 12),
+        (255, 4, 0, 2),
+        (255, 8, 0, 1),
+        (64, 32, 0, 1),
+        (65, 32, 0, 0),
+        (16, 1, 0, 32),
+        # 1 KiB of each program is the system's: 228 / (37 + 1).
+        (32, 4, 37 * 1024, 6),
+        (32, 4, 227 * 1024, 1),
+    ],
+)
+def test_occupancy_is_that_of_the_calculator(registers, warps, shared, programs):
+    found = GOOD._replace(registers=registers, num_warps=warps, shared_bytes=shared)
+    assert found.programs == programs
+    assert found.occupancy == programs * warps / 64
+
+
+def test_shared_memory_differs_between_architectures():
+    found = [
+        GOOD._replace(shared_bytes=40 * 1024, architecture=a).programs
+        for a in ARCHITECTURES
+    ]
+    assert found == [4, 5, 5]
+
+
+def test_the_interpreter_is_refused():
+    configuration = swiglu.CONFIGURATIONS[0]
+    with pytest.raises(RuntimeError, match="start Python with TRITON_INTERPRET=0"):
+        compile_only.compiled(configuration, 90)
+    with pytest.raises(ValueError, match="is 70, expected one of 80, 90, 100"):
+        compile_only.compiled(configuration, 70)
+
+
+def test_missing_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_only.triton, "__file__", str(tmp_path / "triton.py"))
+    with pytest.raises(RuntimeError, match=r"no cuobjdump in .*Linux wheel"):
+        compile_only._tool()
+
+
+def test_a_compilation_that_fails_is_an_error():
+    with pytest.raises(RuntimeError, match=r"is 70, expected one of"):
+        compile_only.report(("swiglu/forward/bf16",), (70,), jobs=1)
+
+
+# --- what ships is complete ------------------------------------------------------
+
+
+def test_names_are_unique():
+    counted = Counter(one.name for one in compile_only.shipped())
+    assert [name for name, count in counted.items() if count > 1] == []
+
+
+def is_jit(node):
+    return isinstance(node, ast.FunctionDef) and any(
+        "jit" in ast.unparse(decorator) for decorator in node.decorator_list
+    )
+
+
+def kernels_and_helpers():
+    """The jit functions by module, and the names that jit functions call."""
+    by_module, called = {}, set()
+    for path in sorted(KERNELS.glob("*.py")):
+        found = [n for n in ast.parse(path.read_text("utf-8")).body if is_jit(n)]
+        if found:
+            by_module[path.stem] = {node.name for node in found}
+        called |= {
+            name.id
+            for node in found
+            for name in ast.walk(ast.Module(node.body, []))
+            if isinstance(name, ast.Name)
+        }
+    return by_module, called
+
+
+def test_every_kernel_that_is_launched_ships_a_configuration():
+    by_module, called = kernels_and_helpers()
+    assert "swiglu" in by_module
+    shipped = {one.kernel.fn.__name__ for one in compile_only.shipped()}
+    for name, kernels in by_module.items():
+        launched = kernels - called
+        module = importlib.import_module(f"zfunc.kernels.{name}")
+        if launched:
+            assert getattr(module, "CONFIGURATIONS", ()), f"{name}: no CONFIGURATIONS"
+        assert launched <= shipped, f"{name}: not compiled: {launched - shipped}"
