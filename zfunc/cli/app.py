@@ -11,6 +11,7 @@ import typer
 
 from zfunc.cli.bench import bench_app
 from zfunc.cli.bench_decode import decode
+from zfunc.cli.bench_kernels import bench_kernels
 from zfunc.cli.command import Request, train_command
 from zfunc.cli.config import TrainConfig
 from zfunc.cli.config_command import config_app
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench_app.command("decode")(decode)
+bench_app.command("kernels")(bench_kernels)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.command("generate")(generate_command)

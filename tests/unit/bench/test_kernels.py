@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver of ``zfunc bench kernels``: every case at tiny sizes, and its verdicts."""
+
+import csv
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from zfunc.bench import kernel_case, kernels_report
+from zfunc.bench.kernel_case import OURS, Bar, Case, Way
+from zfunc.bench.kernel_clock import CpuClock, roof
+from zfunc.bench.kernels import (
+    Found,
+    Measured,
+    Plan,
+    ResultsDifferError,
+    measure,
+    run_kernels,
+)
+from zfunc.bench.kernels_layers import FULL, TINY, layer_cases
+
+CPU = torch.device("cpu")
+QUICK = Plan(rounds=2, calls=1, roof_numel=1 << 10)
+
+
+def case(ways, **options):
+    return Case("made/up", 1000, lambda device: ways, **options)
+
+
+def named(name, *seconds, **known):
+    numbers = {"host_s": None, "launches": None, "workspace_bytes": None} | known
+    return Measured(name, seconds, **numbers)
+
+
+@pytest.mark.parametrize("one", list(layer_cases(TINY)), ids=lambda one: one.name)
+def test_a_case_runs_and_its_results_agree(one):
+    """Triton's interpreter beside eager torch, by the code that a GPU will run."""
+    found = measure(one, CpuClock(), Plan(1, 1), roof=1e9)
+    ours, *others = found.measured
+    assert ours.name == OURS
+    assert [way.name for way in others][:1] == ["eager"]
+    assert all(way.median_s > 0 for way in found.measured)
+    assert ours.workspace_bytes is not None
+    bars = {bar.peer for bar in one.bars if bar.peer}
+    known = {way.name for way in found.measured} | dict(found.skipped).keys()
+    assert bars <= known
+
+
+def test_a_full_case_is_far_larger_than_the_caches():
+    for one in layer_cases(FULL):
+        assert one.bytes > 256e6, one.name
+
+
+def test_names_are_unique():
+    for sizes in (FULL, TINY):
+        names = [one.name for one in layer_cases(sizes)]
+        assert len(set(names)) == len(names)
+
+
+def test_rounds_begin_with_another_way_each_time():
+    called = []
+    ways = {n: Way(lambda n=n: called.append(n), ()) for n in (OURS, "b", "c")}
+    measure(case(ways), CpuClock(), Plan(3, 1), 1.0)
+    timed = called[3 * 3 :][:9]
+    assert timed == [OURS, "b", "c", "b", "c", OURS, "c", OURS, "b"]
+
+
+def test_results_that_differ_end_it():
+    x = torch.ones(3)
+    ways = {
+        OURS: Way(lambda x: x + 1e-3, (x,)),
+        "eager": Way(lambda x: x, (x,)),
+    }
+    with pytest.raises(ResultsDifferError, match=r"1\.0e-03 of the largest apart"):
+        measure(case(ways, bound=1e-4), CpuClock(), QUICK, 1.0)
+    measure(case(ways, bound=1e-2), CpuClock(), QUICK, 1.0)
+    ways[OURS] = Way(lambda x: x * float("nan"), (x,))
+    with pytest.raises(ResultsDifferError, match="made/up: results are nan"):
+        measure(case(ways, bound=1e-2), CpuClock(), QUICK, 1.0)
+
+
+def test_the_workspace_is_what_neither_goes_in_nor_comes_out():
+    x = torch.ones(1000)
+    clock = CpuClock()
+    assert clock.workspace_bytes(Way(lambda x: x + 1, (x,))) == 0
+    assert clock.workspace_bytes(Way(lambda x: x.add_(1), (x,))) == 0
+    assert clock.workspace_bytes(Way(lambda x: (x + 1) * 2, (x,))) == 4000
+    assert clock.workspace_bytes(Way(lambda x: (x[:10] + 1).sum(), (x,))) == 40
+
+
+def test_the_roof_counts_reads_and_writes():
+    class Clock(CpuClock):
+        def device_s(self, way):
+            way()
+            return 0.5
+
+    assert roof(Clock(), 100, rounds=2) == 2 * 3 * 4 * 100
+
+
+@pytest.mark.parametrize(
+    ("bar", "got", "passes"),
+    [
+        (Bar("roof", 0.5), 0.5, True),
+        (Bar("roof", 0.51), 0.5, False),
+        (Bar("faster", 1.6, "liger"), 2.0, True),
+        (Bar("faster", 2.1, "liger"), 2.0, False),
+        (Bar("faster", 1.0, "apex"), None, None),
+        (Bar("ms", 2000.0), 2000.0, True),
+        (Bar("ms", 1999.0), 2000.0, False),
+        (Bar("host us", 60), 50.0, True),
+        (Bar("host us", 40), 50.0, False),
+        (Bar("workspace MB", 600), 700.0, False),
+    ],
+)
+def test_each_bar_has_its_figure(bar, got, passes):
+    ours = named(OURS, 2.0, host_s=50e-6, launches=3, workspace_bytes=700_000_000)
+    one = case({}, bars=(bar,))
+    (verdict,) = Found(one, (ours, named("liger", 4.0)), (), 1000.0).verdicts
+    assert (verdict.got, verdict.passes) == (pytest.approx(got), passes)
+
+
+def test_what_is_not_measured_passes_nothing():
+    one = case({}, bars=(Bar("host us", 60), Bar("workspace MB", 1)))
+    found = Found(one, (named(OURS, 1.0),), (), 1.0)
+    assert [verdict.passes for verdict in found.verdicts] == [None, None]
+
+
+def found_of_two():
+    bars = (Bar("roof", 0.5), Bar("faster", 3.0, "eager"))
+    ours = named(OURS, 1e-3, 2e-3, 3e-3, host_s=1e-5, launches=1, workspace_bytes=0)
+    return Found(case({}, bars=bars), (ours, named("eager", 4e-3, 4e-3, 4e-3)), (), 1e6)
+
+
+def test_what_is_printed():
+    written = io.StringIO()
+    console = Console(file=written, width=120, highlight=False)
+    kernels_report.print_found(console, [found_of_two()])
+    text = written.getvalue()
+    assert "2.00 (1.33 to 4.00)" in text
+    assert "made/up: roof >= 0.5: 0.5 pass" in text
+    assert "made/up: faster than eager >= 3: 2 FAIL" in text
+    kernels_report.print_found(console, [])
+    assert written.getvalue() == text
+
+
+def test_what_is_written(tmp_path):
+    kernels_report.write_found(tmp_path / "a.csv", [found_of_two()])
+    with (tmp_path / "a.csv").open(encoding="utf-8") as file:
+        ours, eager = csv.DictReader(file)
+    assert tuple(ours) == kernels_report.COLUMNS
+    assert (ours["way"], ours["median_ms"], ours["launches"]) == ("zfunc", "2.0", "1")
+    assert ours["bars"].count(";") == 1
+    assert (eager["ratio"], eager["ratio_high"], eager["bars"]) == ("2.0", "4.0", "")
+    kernels_report.plot_found(tmp_path / "a.png", [found_of_two()])
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ways_that_are_not_there_are_said():
+    lines = []
+    x = torch.ones(4)
+    ways = {OURS: Way(torch.sin, (x,)), "eager": "it is not installed"}
+    (found,) = run_kernels([case(ways)], CpuClock(), QUICK, lines.append)
+    assert lines == ["made/up", "  without eager: it is not installed"]
+    assert [way.name for way in found.measured] == [OURS]
+    assert found.roof > 0
+
+
+def test_liger_is_taken_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(kernel_case.importlib.util, "find_spec", lambda name: None)
+    said = kernel_case._liger(lambda liger: liger.swiglu)
+    assert said == "Liger is not installed: pip install liger-kernel"
+    monkeypatch.setattr(kernel_case.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernel_case.importlib, "import_module", lambda name: torch)
+    assert kernel_case._liger(lambda module: module.sin) is torch.sin
+    said = kernel_case._liger(lambda module: module.no_such_thing)
+    assert said.startswith("this Liger does not have it:")
