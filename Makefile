@@ -6,9 +6,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := build/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types nightly clean
+.PHONY: help demo test lint format types nightly oldest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +35,14 @@ types: $(STAMP) ## mypy, strict
 # A thousand random examples per law outlast the default limit of a test.
 nightly: $(STAMP) ## the laws on many random examples
 	$(BIN)/pytest tests/laws --hypothesis-profile=nightly --timeout=3600
+
+# Its interpreter needs a numpy below 2.4. Both stand before those of .venv.
+oldest: $(STAMP) $(OLDEST)/.installed ## tests of the kernels with the oldest Triton
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/pytest -n 2 --dist loadfile tests/kernels
+
+$(OLDEST)/.installed:
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OLDEST) triton==3.6.0 "numpy<2.4"
+	@touch $@
 
 clean: ## remove caches, build products and the demo's output; keeps .venv
 	rm -rf build dist *.egg-info runs/demo .coverage htmlcov .hypothesis
