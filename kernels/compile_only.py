@@ -94,8 +94,6 @@ class Resources(NamedTuple):
           >>> Resources(54, 0, 0, 0, 14, 0, 4, 90).programs
           9
         """
-        if not self.num_warps:
-            return 0
         per_warp = 256 * -(-32 * max(self.registers, 1) // 256)
         warps = _REGISTERS // per_warp // 4 * 4
         per_program = 128 * -(-(self.shared_bytes + _RESERVED_BYTES) // 128)
@@ -177,7 +175,7 @@ def _source(configuration: Configuration) -> Any:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in configuration.signature.items()
-        if kind.startswith("*") or name in configuration.divisible
+        if str(kind)[0] == "*" or name in configuration.divisible
     }
     signature = {name: configuration.signature.get(name, "constexpr") for name in names}
     constants = dict(configuration.constants)
@@ -233,7 +231,7 @@ def violations(configuration: Configuration, resources: Resources) -> list[str]:
     """
     limit = ARCHITECTURES[resources.architecture].program_bytes
     narrow = configuration.narrow
-    streams = any(kind.startswith("*") for kind in configuration.signature.values())
+    streams = any(str(kind)[0] == "*" for kind in configuration.signature.values())
     checks = (
         (resources.stack_bytes == 0, f"stack is {resources.stack_bytes} B, expected 0"),
         (resources.local_bytes == 0, f"local is {resources.local_bytes} B, expected 0"),

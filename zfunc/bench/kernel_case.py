@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from zfunc.core.tree import tree_leaves
+
 OURS = "zfunc"
 
 
@@ -93,6 +95,7 @@ class Layer(NamedTuple):
       ours: From that function to one of the tensors.
       eager: The same by torch's own operators.
       liger: From Liger's functional module to the same, or None.
+      variant: What sets it apart from other cases of the function, or nothing.
     """
 
     name: str
@@ -100,6 +103,12 @@ class Layer(NamedTuple):
     ours: Callable[[Callable[..., Any]], Callable[..., Any]]
     eager: Callable[..., Any]
     liger: Callable[[Any], Callable[..., Any]] | None = None
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name and the variant."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
 
 def public(module: str, name: str) -> Any:
@@ -175,14 +184,13 @@ def backward(
 
     def one(fn: Callable[..., Any], args: tuple[Any, ...]) -> Way:
         args = leaves(args)
-        out = fn(*args)
-        seed = cotangent(out)
+        outs = tree_leaves(fn(*args))
         wanted = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
 
-        def pull(seed: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(out, wanted, seed, retain_graph=True)
+        def pull(*seeds: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outs, wanted, seeds, retain_graph=True)
 
-        return Way(pull, (seed,))
+        return Way(pull, tuple(map(cotangent, outs)))
 
     def ways(device: torch.device) -> dict[str, Way | str]:
         args = make(device)
@@ -206,10 +214,10 @@ def both(
 
     def one(fn: Callable[..., Any], args: tuple[Any, ...]) -> Way:
         wanted = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
-        seed = cotangent(fn(*args))
+        seeds = [cotangent(out) for out in tree_leaves(fn(*args))]
 
         def run(*args: Any) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(fn(*args), wanted, seed)
+            return torch.autograd.grad(tree_leaves(fn(*args)), wanted, seeds)
 
         return Way(run, args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from zfunc.bench.kernels_compiled import (
 )
 from zfunc.bench.kernels_cpu import cpu_cases
 from zfunc.bench.kernels_layers import FULL, layer_cases
+from zfunc.bench.kernels_optimizers import optimizer_cases
 from zfunc.bench.kernels_report import plot_found, print_found, write_found
 from zfunc.cli.display import make_console
 from zfunc.cli.ending import print_error
@@ -93,7 +95,10 @@ def chosen(device: torch.device, only: str) -> Iterator[Case]:
       device: A CPU or a GPU.
       only: The prefix.
     """
-    cases = layer_cases(FULL) if device.type == "cuda" else cpu_cases()
+    if device.type == "cuda":
+        cases = chain(optimizer_cases(FULL.num_params), layer_cases(FULL))
+    else:
+        cases = chain(cpu_cases())
     return (case for case in cases if case.name.startswith(only))
 
 

@@ -19,7 +19,9 @@ from zfunc.bench.kernels import (
     measure,
     run_kernels,
 )
-from zfunc.bench.kernels_layers import FULL, TINY, layer_cases
+from zfunc.bench.kernels_cpu import cpu_cases
+from zfunc.bench.kernels_layers import FULL, HOST, TINY, layer_cases
+from zfunc.bench.kernels_optimizers import optimizer_cases
 
 CPU = torch.device("cpu")
 QUICK = Plan(rounds=2, calls=1, roof_numel=1 << 10)
@@ -34,13 +36,19 @@ def named(name, *seconds, **known):
     return Measured(name, seconds, **numbers)
 
 
-@pytest.mark.parametrize("one", list(layer_cases(TINY)), ids=lambda one: one.name)
+def every_case():
+    yield from layer_cases(TINY)
+    yield from optimizer_cases(TINY.num_params)
+    yield from cpu_cases(TINY.num_params)
+
+
+@pytest.mark.parametrize("one", list(every_case()), ids=lambda one: one.name)
 def test_a_case_runs_and_its_results_agree(one):
     """Triton's interpreter beside eager torch, by the code that a GPU will run."""
     found = measure(one, CpuClock(), Plan(1, 1), roof=1e9)
     ours, *others = found.measured
     assert ours.name == OURS
-    assert [way.name for way in others][:1] == ["eager"]
+    assert others
     assert all(way.median_s > 0 for way in found.measured)
     assert ours.workspace_bytes is not None
     bars = {bar.peer for bar in one.bars if bar.peer}
@@ -49,13 +57,16 @@ def test_a_case_runs_and_its_results_agree(one):
 
 
 def test_a_full_case_is_far_larger_than_the_caches():
-    for one in layer_cases(FULL):
-        assert one.bytes > 256e6, one.name
+    for one in (*layer_cases(FULL), *optimizer_cases(FULL.num_params), *cpu_cases()):
+        assert one.bytes > 256e6 or HOST in one.name, one.name
 
 
 def test_names_are_unique():
-    for sizes in (FULL, TINY):
-        names = [one.name for one in layer_cases(sizes)]
+    for names in (
+        [one.name for one in layer_cases(FULL)],
+        [one.name for one in optimizer_cases(FULL.num_params)],
+        [one.name for one in every_case()],
+    ):
         assert len(set(names)) == len(names)
 
 
