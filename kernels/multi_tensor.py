@@ -249,6 +249,6 @@ def narrowed(x, TYPE: tl.constexpr, EMULATE: tl.constexpr):
         u = x.to(tl.float32).to(tl.uint32, bitcast=True)
         u = tl.where(x == x, u + 0x7FFF + ((u >> 16) & 1), 0x7FC00000) >> 16
         return u.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    if tl.bfloat16 == TYPE:
-        return x.to(tl.float32).to(TYPE)  # from float64 as torch does it
+    if TYPE.primitive_bitwidth == 16:
+        return x.to(tl.float32).to(TYPE)  # from float64 in two steps, as torch
     return x.to(TYPE)
