@@ -37,19 +37,20 @@ class Bar(NamedTuple):
 
     Attributes:
       what: "roof" is the fraction of the copy roof, "faster" the time of ``peer`` over
-        ours; "ms", "host us" and "workspace MB" are the most that is allowed.
+        ours, "leaner" its workspace over ours; "ms", "host us" and "workspace MB" are
+        the most that is allowed.
       value: How much.
-      peer: Of "faster": the way that is compared with.
+      peer: Of "faster" and "leaner": the way that is compared with.
     """
 
-    what: Literal["roof", "faster", "ms", "host us", "workspace MB"]
+    what: Literal["roof", "faster", "leaner", "ms", "host us", "workspace MB"]
     value: float
     peer: str = ""
 
     @property
     def is_least(self) -> bool:
         """Whether more is better."""
-        return self.what in ("roof", "faster")
+        return self.what in ("roof", "faster", "leaner")
 
     def passes(self, got: float) -> bool:
         """Whether a value that was measured reaches the bar.

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +16,6 @@ from torch import Tensor
 
 from zfunc.bench.kernel_case import Way
 from zfunc.core.tree import tree_leaves
-from zfunc.testing.memory import peak_live_bytes
 
 # Larger than the caches of the GPUs we know (50 MB on an H100, 126 MB on a B200).
 _FLUSHED_BYTES = 256 << 20
@@ -64,10 +66,35 @@ class CpuClock:
         return None
 
     def workspace_bytes(self, way: Way) -> int | None:
-        """Counted by the operations that make storages; not those inside operators."""
-        held = _storage_bytes(way.args)
-        out, peak_bytes = peak_live_bytes(way.call, *way.args)
-        return max(0, peak_bytes - _storage_bytes((way.args, out), but=way.args) - held)
+        """What the allocator tells the profiler: inside operators too."""
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        with (
+            _quiet(),
+            torch.profiler.profile(activities=kinds, profile_memory=True) as p,
+        ):
+            out = way()
+        found: Any = p.profiler
+        events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
+        held_bytes = peak_bytes = 0
+        for event in sorted(events, key=lambda e: int(e.start_ns())):
+            held_bytes += event.nbytes()
+            peak_bytes = max(peak_bytes, held_bytes)
+        return max(0, peak_bytes - _storage_bytes((way.args, out), but=way.args))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's library writes to the descriptor of stderr that it started."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class CudaClock:
@@ -105,7 +132,7 @@ class CudaClock:
     def launches(self, way: Way) -> int | None:
         """What the profiler sees on the device; None where it sees nothing."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
+        with _quiet(), torch.profiler.profile(activities=activities) as profile:
             way()
             torch.cuda.synchronize(self.device)
         seen = [e for e in profile.events() or () if "CUDA" in str(e.device_type)]

@@ -126,9 +126,14 @@ class Found(NamedTuple):
         ours = self.measured[0]
         if bar.what == "roof":
             return self.fraction(ours)
-        if bar.what == "faster":
+        if bar.peer:
             peers = [way for way in self.measured if way.name == bar.peer]
-            return self.ratio(peers[0])[0] if peers else None
+            if not peers:
+                return None
+            if bar.what == "faster":
+                return self.ratio(peers[0])[0]
+            mine, theirs = ours.workspace_bytes, peers[0].workspace_bytes
+            return None if mine is None or theirs is None else theirs / max(mine, 1)
         if bar.what == "ms":
             return 1e3 * ours.median_s
         if bar.what == "host us":

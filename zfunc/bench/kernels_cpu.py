@@ -8,17 +8,22 @@ from collections.abc import Iterator
 import torch
 
 from zfunc.bench.kernel_case import Bar, Case
+from zfunc.bench.kernels_layers import FULL, Sizes, linear_case
 from zfunc.bench.kernels_optimizers import adamw_mixed, adamw_same, lists
 
-NUM_PARAMS = 1 << 24
+# 64 MiB in each tensor of the optimizer, 128 MiB of logits.
+FULL_CPU = FULL._replace(
+    num_params=1 << 24, tokens=1024, hidden=512, vocab=32768, dtype=torch.float32
+)
 
 
-def cpu_cases(num_params: int = NUM_PARAMS) -> Iterator[Case]:
+def cpu_cases(sizes: Sizes = FULL_CPU) -> Iterator[Case]:
     """Every case of a CPU.
 
     Args:
-      num_params: Of AdamW; the bars are those of the default.
+      sizes: The bars are those of the default.
     """
+    num_params = sizes.num_params
     yield Case(
         f"adamw/mixed/bfloat16/{num_params}",
         28 * num_params,
@@ -35,3 +40,6 @@ def cpu_cases(num_params: int = NUM_PARAMS) -> Iterator[Case]:
         ),
         (Bar("faster", 0.95, "fused"),),
     )
+    logits_bytes = 4 * sizes.tokens * sizes.vocab
+    bars = (Bar("faster", 1 / 1.05, "eager"), Bar("leaner", 4.0, "eager"))
+    yield linear_case(sizes, logits_bytes // 16, "auto", bars)

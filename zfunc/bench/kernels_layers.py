@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,14 +103,14 @@ RMS_NORM = Layer(
     "rms_norm",
     lambda fn: lambda x, scale: fn(x, scale, _EPS, kernel="triton"),
     lambda x, scale: F.rms_norm(x, x.shape[-1:], scale, _EPS),
-    lambda liger: lambda x, scale: liger.liger_rms_norm(x, scale, _EPS, in_place=False),
+    lambda liger: partial(liger.liger_rms_norm, eps=_EPS, in_place=False),
 )
 ADD_RMS_NORM = Layer(
     "rms_norm",
     "rms_norm",
     lambda fn: lambda x, scale, r: fn(x, scale, _EPS, residual=r, kernel="triton"),
     lambda x, scale, r: (F.rms_norm(x + r, x.shape[-1:], scale, _EPS), x + r),
-    lambda liger: lambda x, scale, r: liger.liger_fused_add_rms_norm(x, r, scale, _EPS),
+    lambda liger: _added(liger.liger_fused_add_rms_norm),
     variant="residual",
 )
 LAYER_NORM = Layer(
@@ -117,7 +118,7 @@ LAYER_NORM = Layer(
     "layer_norm",
     lambda fn: lambda x, scale, bias: fn(x, scale, bias, _EPS, kernel="triton"),
     lambda x, scale, bias: F.layer_norm(x, x.shape[-1:], scale, bias, _EPS),
-    lambda liger: lambda x, scale, bias: liger.liger_layer_norm(x, scale, bias, _EPS),
+    lambda liger: partial(liger.liger_layer_norm, eps=_EPS),
 )
 ADD_LAYER_NORM = Layer(
     "layer_norm",
@@ -180,6 +181,10 @@ ROPE = Layer(
 )
 
 
+def _added(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, scale, r: fn(x, r, scale, _EPS)
+
+
 def _norms(sizes: Sizes) -> Iterator[Case]:
     """Every width; one with the residual added; small ones for the time of the host."""
     for layer, added in ((RMS_NORM, ADD_RMS_NORM), (LAYER_NORM, ADD_LAYER_NORM)):
@@ -212,10 +217,51 @@ CROSS_ENTROPY = Layer(
 )
 
 
+def fused_loss(workspace_bytes: int, kernel: str = "triton") -> Layer:
+    """The loss of a model's last layer; the peers keep all logits, but for Liger.
+
+    Args:
+      workspace_bytes: For the logits of some rows.
+      kernel: Of ours.
+    """
+    options: Any = {"workspace_bytes": workspace_bytes, "kernel": kernel}
+    return Layer(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        lambda fn: lambda x, w, labels: fn(x, w, labels, **options),
+        lambda x, w, labels: F.cross_entropy(x @ w.mT, labels, reduction="sum"),
+        lambda liger: partial(liger.liger_fused_linear_cross_entropy, reduction="sum"),
+    )
+
+
+def linear_case(
+    sizes: Sizes, workspace_bytes: int, kernel: str, bars: tuple[Bar, ...]
+) -> Case:
+    """Loss and gradients; the bytes are those of the arguments and gradients alone.
+
+    Args:
+      sizes: Tokens, hidden and vocabulary.
+      workspace_bytes: For the logits of some rows.
+      kernel: Of ours.
+      bars: What it has to reach.
+    """
+    tokens, hidden, vocab = sizes.tokens, sizes.hidden, sizes.vocab
+    return Case(
+        f"linear_cross_entropy/{HOST}/{_name(sizes, (tokens, hidden, vocab))}",
+        2 * (tokens + vocab) * hidden * sizes.dtype.itemsize,
+        both(
+            fused_loss(workspace_bytes, kernel),
+            _labelled(sizes, (tokens, hidden), (vocab, hidden)),
+        ),
+        bars,
+        4 * _bound(sizes),
+    )
+
+
 def _losses(sizes: Sizes) -> Iterator[Case]:
     """The loss, which reads the logits once; with its gradient 2 reads and a write."""
     shape = (sizes.tokens, sizes.vocab)
-    for kind, ways, count, bars in (
+    for kind, ways, count, some in (
         ("forward", forward, 1, ()),
         ("forward+backward", both, 3, (Bar("roof", 0.90),)),
     ):
@@ -223,9 +269,11 @@ def _losses(sizes: Sizes) -> Iterator[Case]:
             f"cross_entropy/{kind}/{_name(sizes, shape)}",
             count * math.prod(shape) * sizes.dtype.itemsize,
             ways(CROSS_ENTROPY, _labelled(sizes, shape)),
-            bars,
+            some,
             _bound(sizes),
         )
+    bars = (Bar("ms", 43), Bar("workspace MB", 0.6 * 2**30 / 1e6))
+    yield linear_case(sizes, 512 * 2**20, "triton", bars)
 
 
 def _labelled(
