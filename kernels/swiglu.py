@@ -18,20 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configuration import Configuration, pointer
-from .library import (
-    Kernel,
-    batched_first,
-    check_floating,
-    check_shape,
-    compute_dtype,
-    define,
-    pullback,
-    runs_triton,
-)
-
-BLOCK: Final = 1024
-NUM_WARPS: Final = 4
+from .activations import silu
+from .gated import check_gated, configurations, dense_like, elementwise, mapped
+from .library import Kernel, compute_dtype, define, pullback, runs_triton
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -53,7 +42,7 @@ def _forward_kernel(
     inside = at < numel
     gate = tl.load(gate_ptr + at, inside, 0.0).to(WIDE)
     up = tl.load(up_ptr + at, inside, 0.0).to(WIDE)
-    out = gate / (1.0 + tl.exp(-gate)) * up
+    out = silu(gate)[0] * up
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -73,58 +62,32 @@ def _backward_kernel(
     grad = tl.load(grad_ptr + at, inside, 0.0).to(WIDE)
     gate = tl.load(gate_ptr + at, inside, 0.0).to(WIDE)
     up = tl.load(up_ptr + at, inside, 0.0).to(WIDE)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    gate_grad = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    up_grad = grad * gate * sigmoid
+    opened, slope = silu(gate)
+    gate_grad = grad * up * slope
+    up_grad = grad * opened
     tl.store(gate_grad_ptr + at, gate_grad.to(gate_grad_ptr.dtype.element_ty), inside)
     tl.store(up_grad_ptr + at, up_grad.to(up_grad_ptr.dtype.element_ty), inside)
 
 
-def _launch(kernel: Any, *tensors: Tensor) -> None:
-    numel = tensors[0].numel()
-    if numel == 0:
-        return
-    wide = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
-    grid = (triton.cdiv(numel, BLOCK),)
-    kernel[grid](*tensors, numel, WIDE=wide, BLOCK=BLOCK, num_warps=NUM_WARPS)
-
-
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    _launch(_forward_kernel, gate, up, out)
-    return out
+    return elementwise(_forward_kernel, (gate, up), 1)[0]
 
 
-def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-    _launch(_backward_kernel, grad, gate, up, gate_grad, up_grad)
-    return gate_grad, up_grad
-
-
-def _mapped(info: Any, in_dims: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    return [
-        batched_first(x, dim, info.batch_size)
-        for x, dim in zip(tensors, in_dims, strict=True)
-    ]
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    return elementwise(_backward_kernel, (grad, gate, up), 2)
 
 
 forward_op: Final = define(
     "swiglu_forward(Tensor gate, Tensor up) -> Tensor",
     _forward,
-    fake=lambda gate, up: _dense_like(gate),
-    vmap=lambda info, dims, *xs: (forward_op(*_mapped(info, dims, xs)), 0),
+    fake=lambda gate, up: dense_like(gate),
+    vmap=lambda info, dims, *xs: (forward_op(*mapped(info, dims, xs)), 0),
 )
 backward_op: Final = define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _backward,
-    fake=lambda grad, gate, up: (_dense_like(gate), _dense_like(up)),
-    vmap=lambda info, dims, *xs: (backward_op(*_mapped(info, dims, xs)), (0, 0)),
+    fake=lambda grad, gate, up: (dense_like(gate), dense_like(up)),
+    vmap=lambda info, dims, *xs: (backward_op(*mapped(info, dims, xs)), (0, 0)),
 )
 _transposed: Final = pullback(backward_op)
 
@@ -174,39 +137,20 @@ def swiglu(gate: Tensor, up: Tensor, *, kernel: Kernel = "auto") -> Tensor:
       Shazeer, `GLU Variants Improve Transformer
       <https://arxiv.org/abs/2002.05202>`_, 2020.
     """
-    check_floating("swiglu", gate=gate, up=up)
-    check_shape("swiglu", "up", up, tuple(gate.shape))
-    if gate.dtype != up.dtype:
-        raise TypeError(
-            f"swiglu: up is {up.dtype}, expected {gate.dtype} as gate; use "
-            "up.to(gate.dtype)"
-        )
+    check_gated("swiglu", gate, up)
     if not runs_triton("swiglu", kernel, gate, up):
         return swiglu_reference(gate, up)
     return _SwiGLU.apply(gate, up)
 
 
-def _configurations(dtype: torch.dtype) -> tuple[Configuration, ...]:
-    x, constants = pointer(dtype), {"WIDE": tl.float32, "BLOCK": BLOCK}
-    names = "gate_ptr", "up_ptr", "out_ptr"
-    grads = "grad_ptr", "gate_ptr", "up_ptr", "gate_grad_ptr", "up_grad_ptr"
-    return tuple(
-        Configuration(
-            f"swiglu/{kind}/{x[1:]}",
-            kernel,
-            dict.fromkeys(pointers, x) | {"numel": "i64"},
-            constants,
-            NUM_WARPS,
-            divisible=("numel",),
-        )
-        for kind, kernel, pointers in (
-            ("forward", _forward_kernel, names),
-            ("backward", _backward_kernel, grads),
-        )
-    )
-
-
 CONFIGURATIONS: Final = (
-    *_configurations(torch.bfloat16),
-    *_configurations(torch.float32),
+    *configurations(
+        "swiglu/forward", _forward_kernel, ("gate_ptr", "up_ptr", "out_ptr"), {}
+    ),
+    *configurations(
+        "swiglu/backward",
+        _backward_kernel,
+        ("grad_ptr", "gate_ptr", "up_ptr", "gate_grad_ptr", "up_grad_ptr"),
+        {},
+    ),
 )
