@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW on a CPU: one pass in C++, compiled at the first large update.
+
+The compiler is the system's; the library is loaded and its file removed. Contraction
+to fused multiply-add is off and no mathematics is relaxed, so the bits are those of
+the reference, which computes where there is no compiler or none for a dtype.
+"""
+
+import ctypes
+import functools
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .multi_tensor import BLOCK
+from .update_kernel import groups
+
+logger = logging.getLogger("zfunc.kernels")
+
+WORTH_NUMEL: Final = 1 << 20  # a pass over this many takes a millisecond
+_TYPES: Final = (
+    (torch.float64, "double"),
+    (torch.float32, "float"),
+    (torch.float16, "_Float16"),
+    (torch.bfloat16, "bf16"),
+)
+_FLAGS: Final = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+_SOURCE: Final = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct bf16 {
+  uint16_t bits;
+  bf16() = default;
+  explicit bf16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    uint32_t even = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    bits = (u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : even;
+  }
+  explicit operator float() const {
+    uint32_t u = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+  }
+};
+template <typename T> T narrow(double x) { return T(float(x)); }
+template <> double narrow<double>(double x) { return x; }
+template <typename T> T narrow(float x) { return T(x); }
+template <typename T> W widen(T x) { return W(x); }
+template <> W widen<bf16>(bf16 x) { return W(float(x)); }
+
+// One run of elements; the arrays of a donated update are the same in and out.
+static void update(const P* p, const G* g, const W* m, const W* n, P* p_out, W* m_out,
+                   W* n_out, C* c_out, int64_t count, const double* s, double lambda,
+                   bool coupled) {
+  const W rate = -W(s[0]), coefficient = W(s[1]), weight1 = W(s[2]), weight2 = W(s[3]);
+  const W keep1 = W(s[4]), new1 = W(s[5]), keep2 = W(s[6]), new2 = W(s[7]);
+  const W eps = W(s[8]), before = coupled ? lambda : 0, after = coupled ? 0 : lambda;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    W old = widen(p[i]), x = widen(g[i]) * coefficient;
+    x = before != 0 ? x + before * old : x;
+    W mean = keep1 * m[i] + new1 * x;
+    W square = keep2 * n[i] + new2 * (x * x);
+    W u = (mean / weight1) / (std::sqrt(square / weight2) + eps);
+    u = eps == 0 && mean == 0 ? mean : u;
+    u = after != 0 ? u + after * old : u;
+    P result = narrow<P>(old + rate * u);
+    p_out[i] = result;
+    m_out[i] = mean;
+    n_out[i] = square;
+    if (COPIED) c_out[i] = narrow<C>(widen(result));
+  }
+}
+
+// The rows of the table: first chunks, elements, an address per column, places, decays
+// (float64); then the numbers, in float64 too.
+extern "C" void adamw(const int64_t* table, int64_t tensors, int64_t chunks,
+                      int64_t size, int coupled, int threads) {
+  const int64_t columns = COPIED ? 8 : 7;
+  double numbers[9];
+  std::memcpy(numbers, table + (4 + columns) * tensors, sizeof numbers);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int64_t low = 0, high = tensors;
+    while (high - low > 1) {
+      int64_t middle = (low + high) / 2;
+      (table[middle] <= chunk ? low : high) = middle;
+    }
+    int64_t at = (chunk - table[low]) * size, left = table[tensors + low] - at;
+    auto row = [&](int64_t i) { return table[i * tensors + low]; };
+    double lambda;
+    std::memcpy(&lambda, table + (3 + columns) * tensors + low, sizeof lambda);
+    update((P*)row(2) + at, (G*)row(3) + at, (W*)row(4) + at, (W*)row(5) + at,
+           (P*)row(6) + at, (W*)row(7) + at, (W*)row(8) + at,
+           COPIED ? (C*)row(9) + at : nullptr, left < size ? left : size, numbers,
+           lambda, coupled);
+  }
+}
+"""
+
+
+@functools.cache
+def library(defines: tuple[str, ...]) -> Any:
+    """The compiled function for these macros, or None where it cannot be had.
+
+    Args:
+      defines: ``"P=float"``: the types of parameters, gradients, arithmetic and copies.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        logger.info("no C++ compiler was found; AdamW on the CPU computes by torch")
+        return None
+    with tempfile.TemporaryDirectory(prefix="zfunc-") as folder:
+        source, target = Path(folder, "adamw.cpp"), Path(folder, "adamw.so")
+        source.write_text(_SOURCE)
+        macros = [f"-D{x}" for x in defines]
+        command = [compiler, *_FLAGS, *macros, str(source), "-o", str(target)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            function = ctypes.CDLL(str(target)).adamw
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            logger.warning(
+                "%s did not build AdamW, torch computes it: %s", command, why
+            )
+            return None
+    number, flag = ctypes.c_int64, ctypes.c_int
+    function.argtypes = [ctypes.c_void_p, number, number, number, flag, flag]
+    function.restype = None
+    return function
+
+
+def run(
+    reads: Sequence[Sequence[Tensor]],
+    writes: Sequence[Sequence[Tensor]],
+    decay: Sequence[float],
+    numbers: Sequence[float],
+    coupled: bool,
+) -> bool:
+    """Update p, g, mu and nu into p, mu, nu and perhaps copies.
+
+    Args:
+      reads: Lists of CPU tensors.
+      writes: Likewise; the first three may be among those.
+      decay: The weight decay of every tensor.
+      numbers: Of all: the learning rate, the coefficient, the bias corrections, b1,
+        1 - b1, b2, 1 - b2, eps.
+      coupled: Whether the decay goes through the moments.
+
+    Returns:
+      Whether it could; if not, nothing is written.
+    """
+    found, types = groups(reads, writes, decay, numbers), dict(_TYPES)
+    functions = []
+    for group in found:
+        dtypes = [types[group.columns[i][0].dtype] for i in (0, 1, 2, -1)]
+        macros = [f"{name}={x}" for name, x in zip("PGWC", dtypes, strict=True)]
+        functions.append(library((*macros, f"COPIED={len(writes) - 3}")))
+    if None in functions:
+        return False
+    for group, function in zip(found, functions, strict=True):
+        data, count, blocks, chunks, *_ = group.table
+        threads = torch.get_num_threads()
+        function(data.data_ptr(), count, chunks, blocks * BLOCK, coupled, threads)
+        group.finish()
+    return True
