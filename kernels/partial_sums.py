@@ -29,12 +29,12 @@ class Partials(NamedTuple):
 
     Attributes:
       sums: Of every chunk, ``WIDTH`` numbers each.
-      finite: 1 or 0 of every chunk, int32.
+      finite: 1 or 0 of every chunk, int32; or None.
       tables: The tables, with the first chunk of each among all.
     """
 
     sums: Tensor
-    finite: Tensor
+    finite: Tensor | None
     tables: list[tuple[Table, int]]
 
 
@@ -117,7 +117,7 @@ def reduce_segments(
                 out,
                 partials.finite,
                 finite if left == 0 else None,
-                partials.finite.numel(),
+                0 if partials.finite is None else partials.finite.numel(),
                 COLUMNS=columns,
                 WIDTH=width,
                 BLOCK=SUM_BLOCK,
@@ -145,5 +145,5 @@ def _configuration(name: str, columns: int, width: int, last: bool) -> Configura
 
 CONFIGURATIONS: Final = (
     _configuration("partial_sums/global_norm", 1, 1, True),
-    _configuration("partial_sums/lamb", 4, 2, False),
+    _configuration("partial_sums/lamb", 6, 2, False),
 )
