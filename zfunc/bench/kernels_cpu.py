@@ -11,9 +11,9 @@ from zfunc.bench.kernel_case import Bar, Case
 from zfunc.bench.kernels_layers import FULL, Sizes, linear_case
 from zfunc.bench.kernels_optimizers import adamw_mixed, adamw_same, lists
 
-# 64 MiB in each tensor of the optimizer, 128 MiB of logits.
+# 64 MiB in each tensor of the optimizer, 256 MiB of logits.
 FULL_CPU = FULL._replace(
-    num_params=1 << 24, tokens=1024, hidden=512, vocab=32768, dtype=torch.float32
+    num_params=1 << 24, tokens=2048, hidden=256, vocab=32768, dtype=torch.float32
 )
 
 

@@ -82,7 +82,7 @@ def optimizer_cases(num_params: int) -> Iterator[Case]:
     size = min(_MATRIX, max(1, num_params // 3))
     half = torch.bfloat16
     few = f"{num_params}in{size}"
-    many = max(1, num_params // _MANY)
+    many = num_params // min(_MANY, max(4, num_params // 1000))
 
     def made(size: int, dtype: torch.dtype) -> _Make:
         return lambda device: lists(device, num_params, size, dtype)

@@ -17,6 +17,15 @@ from zfunc.bench.kernel_case import OURS
 from zfunc.bench.kernels import Found, Measured
 
 _COLORS = ("tab:blue", "silver", "tab:orange", "tab:green", "tab:red", "tab:purple")
+_HEADINGS = (
+    ("ms", 9),
+    ("GB/s", 7),
+    ("of roof", 7),
+    ("over zfunc", 20),
+    ("host us", 7),
+    ("launches", 8),
+    ("workspace MB", 12),
+)
 COLUMNS = (
     "case",
     "way",
@@ -47,17 +56,20 @@ def print_found(console: Console, found: Sequence[Found]) -> None:
     if not found:
         return
     console.print(f"roof: {found[0].roof / 1e9:.1f} GB/s", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("case / way", overflow="fold")
-    for heading in ("ms", "GB/s", "of roof", "over zfunc", "host us", "launches", "MB"):
-        table.add_column(heading, justify="right")
     for each in found:
-        table.add_row(f"[bold]{each.case.name}[/]")
-        for way in each.measured:
-            table.add_row(f"  {way.name}", *_cells(each, way))
-    console.print(table)
+        console.print(f"\n{each.case.name}", _table(each), sep="\n", soft_wrap=True)
     for line in bar_lines(found):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _table(found: Found) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("way", min_width=8)
+    for heading, width in _HEADINGS:
+        table.add_column(heading, justify="right", min_width=width)
+    for way in found.measured:
+        table.add_row(way.name, *_cells(found, way))
+    return table
 
 
 def _cells(found: Found, way: Measured) -> Iterator[str]:
