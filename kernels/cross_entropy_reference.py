@@ -38,9 +38,7 @@ def cross_entropy_reference(
       softcap: None or the c of ``c * tanh(logits / c)``.
     """
     V = logits.shape[-1]
-    if targets.device.type == "cpu":
-        targets = checked_op(targets, V, ignore_index)
-    live, known = targets != ignore_index, (targets >= 0) & (targets < V)
+    live, known, targets = checked_labels(targets, V, ignore_index)
     x = capped(logits.to(compute_dtype(logits.dtype)), softcap)
     x = x.masked_fill(~live[..., None], 0.0)
     label = torch.where(live & known, targets, 0).long()[..., None]
@@ -124,6 +122,20 @@ checked_op: Final = define(
     fake=lambda targets, *_: targets.new_empty(targets.shape),
     vmap=rowwise(lambda: checked_op, 1),
 )
+
+
+def checked_labels(
+    targets: Tensor, size: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows have a loss, which labels are in range, and the labels.
+
+    Raises:
+      ValueError: On the CPU, when it runs: the first label that is out of range.
+    """
+    if targets.device.type == "cpu":
+        targets = checked_op(targets, size, ignore_index)
+    live, known = targets != ignore_index, (targets >= 0) & (targets < size)
+    return live, known, targets
 
 
 def checked_options(

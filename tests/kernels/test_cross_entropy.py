@@ -74,7 +74,7 @@ def bound(dtype):
 @given(SHAPES, DTYPES, OPTIONS, st.sampled_from([torch.int64, torch.int32]))
 @example(((2,), 5000), torch.bfloat16, EVERY, torch.int64)
 @example(((2,), 8192), torch.float32, EVERY | {"softcap": None}, torch.int64)
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_losses_and_gradients(rows_and_classes, dtype, options, label_dtype):
     logits, targets, grad = rows(*rows_and_classes, dtype, options["ignore_index"])
     targets = targets.to(label_dtype)
