@@ -158,7 +158,8 @@ SIGNATURES = {
     "testing.run_lockstep": "(programs, args)",
     "testing.spmd": "(fn, mesh_shape)",
     "testing.split_batch": "(batch, mesh_shape, axis='data')",
-    "optim.adam": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0)",
+    "optim.adam": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0, *, "
+    "kernels='auto')",
     "optim.chain": "(*transformations)",
     "optim.clip_by_global_norm": "(max_norm, *, deterministic=False)",
     "optim.apply_updates": "(params, updates)",
@@ -179,7 +180,8 @@ SIGNATURES = {
     "warmup_num_steps=1000, warmup_type='log')",
     "optim.wsd": "(peak, warmup_steps, decay_steps, total_steps, end=0.0, "
     "decay_type='linear')",
-    "optim.lion": "(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None)",
+    "optim.lion": "(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0, mask=None, *, "
+    "kernels='auto')",
     "optim.adagrad": "(learning_rate, lr_decay=0.0, weight_decay=0.0, "
     "initial_accumulator_value=0.0, eps=1e-10)",
     "optim.rmsprop": "(learning_rate, alpha=0.99, eps=1e-08, weight_decay=0.0, "
@@ -224,7 +226,8 @@ FIELDS = {
     "checkpoint.Damage": "path why",
     "Sharded": "buffer sharding global_shape",
     "NamedSharding": "mesh spec memory_kind",
-    "optim.GradientTransformation": "init update leafwise halves deterministic",
+    "optim.GradientTransformation": "init update leafwise halves deterministic "
+    "fused factor",
 }
 
 

@@ -25,7 +25,7 @@ from zfunc.config.schedules import Rates
 from zfunc.core.sharding import Sharded
 from zfunc.optim.adafactor import adafactor
 from zfunc.optim.adagrad import adagrad
-from zfunc.optim.adam import adam, scale_by_adam
+from zfunc.optim.adam import adam
 from zfunc.optim.adamw import adamw
 from zfunc.optim.base import GradientTransformation, chain
 from zfunc.optim.decay import add_decayed_weights
@@ -33,6 +33,7 @@ from zfunc.optim.lamb import _uncorrected, lamb
 from zfunc.optim.lion import lion
 from zfunc.optim.muon import muon
 from zfunc.optim.rmsprop import rmsprop
+from zfunc.optim.scale_by_adam import scale_by_adam
 from zfunc.optim.schedule_values import as_float, value_at
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 from zfunc.optim.sgd import sgd

@@ -29,9 +29,12 @@ def pure_update(
 ) -> tuple[PyTree, PyTree]:
     """``(params + updates, new moments)``; nothing that is given changes.
 
+    In one pass, with the same bits, where ``tx`` has a kernel for such parameters.
     Where ``finite`` is given and false, the parameters and moments are the old ones.
     """
-    updates, after = tx.update(grads, moments, params)
+    if (fused := getattr(tx, "fused", None)) and fused.applies(params):
+        return fused.step(grads, moments, params, finite)  # type: ignore[no-any-return]
+    updates, *owned = tx.update(grads, moments, params)
 
     def stepped(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         new = added(p, u)
@@ -39,8 +42,6 @@ def pure_update(
 
     params = tree_map(stepped, params, updates)
     del updates
-    owned = [after]
-    del after
     return params, _chosen(finite, owned, moments)
 
 

@@ -12,7 +12,6 @@ dim, V vocabulary. Weight matrices are ``[out, in]`` as in ``torch.nn.Linear``.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,11 @@ from torch import Tensor
 from zfunc.core import random
 from zfunc.core.state import Mean
 from zfunc.core.tree import tree_leaves
-from zfunc.models.attention import causal_attention
+from zfunc.models import gpt_block
+from zfunc.models.gpt_block import Params, dropout, norm
 from zfunc.models.gpt_config import GPTConfig as GPTConfig
-from zfunc.models.layers import embed, layer_norm, rms_norm, rope_tables, rotate, widen
+from zfunc.models.layers import embed, rope_tables, token_losses
 
-Params = dict[str, Any]
 Block = Callable[[Params, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -143,16 +142,16 @@ def apply(
     _check(params, tokens, config, keys)
     if config.dropout == 0.0:
         keys = None
-    x_BTD = _dropout(keys, 0, embed(tokens, params["embedding"]), config)
+    x_BTD = dropout(keys, 0, embed(tokens, params["embedding"]), config)
     cos_TK, sin_TK = rope_tables(
         tokens.shape[1], config.head_dim, config.rope_theta, x_BTD
     )
-    block: Block = functools.partial(_block, config=config)
+    block: Block = functools.partial(gpt_block.block, config=config)
     block = block if remat is None else remat(block)
     for index, layer in enumerate(params["layers"]):
         layer_keys = None if keys is None else random.fold_in(keys, index + 1)
         x_BTD = block(layer, x_BTD, cos_TK, sin_TK, layer_keys)
-    x_BTD = _norm(x_BTD, params["final_norm"], config)
+    x_BTD = norm(x_BTD, params["final_norm"], config)
     return F.linear(x_BTD, params["embedding" if config.tie_embeddings else "head"])
 
 
@@ -196,9 +195,8 @@ def loss(
     """
     tokens_BS = batch["tokens"]
     logits_BTV = apply(params, tokens_BS[:, :-1], config, keys=keys, remat=remat)
-    logits_NV = logits_BTV.flatten(0, 1).to(widen(logits_BTV.dtype))
     target_N = tokens_BS[:, 1:].flatten().long()
-    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
+    nll_N = token_losses(logits_BTV.flatten(0, 1), target_N, kernels=config.kernels)
     mask_BS = batch.get("mask")
     if mask_BS is None:
         return Mean(nll_N.sum(), torch.ones_like(nll_N).sum())
@@ -304,54 +302,6 @@ def sample(
             chosen = torch.multinomial(probabilities, 1, generator=generator)
         tokens = torch.cat([tokens, chosen.to(tokens.dtype)], dim=1)
     return tokens
-
-
-def _block(
-    layer: Params,
-    x_BTD: Tensor,
-    cos_TK: Tensor,
-    sin_TK: Tensor,
-    keys: Tensor | None,
-    *,
-    config: GPTConfig,
-) -> Tensor:
-    h_BTD = _norm(x_BTD, layer["attn_norm"], config)
-    h_BTD = _attention(layer["attn"], h_BTD, cos_TK, sin_TK, config)
-    x_BTD = x_BTD + _dropout(keys, 0, h_BTD, config)
-    h_BTD = _mlp(layer["mlp"], _norm(x_BTD, layer["mlp_norm"], config), config)
-    return x_BTD + _dropout(keys, 1, h_BTD, config)
-
-
-def _attention(
-    weights: Params, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, config: GPTConfig
-) -> Tensor:
-    q_BHTK = rotate(_heads(x_BTD, weights["q"], config), cos_TK, sin_TK)
-    k_BGTK = rotate(_heads(x_BTD, weights["k"], config), cos_TK, sin_TK)
-    y_BHTK = causal_attention(q_BHTK, k_BGTK, _heads(x_BTD, weights["v"], config))
-    return F.linear(y_BHTK.transpose(1, 2).flatten(2), weights["o"])
-
-
-def _heads(x_BTD: Tensor, weight: Tensor, config: GPTConfig) -> Tensor:
-    y_BTHK: Tensor = F.linear(x_BTD, weight).unflatten(-1, (-1, config.head_dim))
-    return y_BTHK.transpose(1, 2)
-
-
-def _mlp(weights: Params, x_BTD: Tensor, config: GPTConfig) -> Tensor:
-    up = F.linear(x_BTD, weights["up"])
-    if config.mlp == "swiglu":
-        return F.linear(F.silu(F.linear(x_BTD, weights["gate"])) * up, weights["down"])
-    return F.linear(F.gelu(up), weights["down"])
-
-
-def _norm(x_BTD: Tensor, scale_D: Tensor, config: GPTConfig) -> Tensor:
-    function = rms_norm if config.norm == "rms" else layer_norm
-    return function(x_BTD, scale_D, config.norm_eps)
-
-
-def _dropout(keys: Tensor | None, site: int, x: Tensor, config: GPTConfig) -> Tensor:
-    if keys is None:
-        return x
-    return random.dropout(random.fold_in(keys, site), x, config.dropout)
 
 
 def _abstract_leaves(config: GPTConfig) -> list[Tensor]:

@@ -2,11 +2,20 @@
 """The shape of a decoder-only transformer, as a frozen value that checks itself."""
 
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Final, Literal
 
 _POSITIVE = (
     *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"),
     *("rope_theta", "max_seq_len", "norm_eps"),
+)
+
+_CHOICES: Final = MappingProxyType(
+    {
+        "norm": ("rms", "layer"),
+        "mlp": ("swiglu", "gelu"),
+        "kernels": ("auto", "triton", "reference"),
+    }
 )
 
 
@@ -34,6 +43,10 @@ class GPTConfig:
       max_seq_len: Longest context in tokens.
       dropout: Rate in ``[0, 1)``, on the embedding and on both residual branches.
       norm_eps: Added to the variance.
+      kernels: ``"auto"`` runs norms, rotations, the gated unit and the loss as fused
+        kernels on a CUDA device; ``"reference"`` as torch's calls everywhere;
+        ``"triton"`` insists on the kernels. No part of the model: any of them may
+        train or evaluate the same parameters, within roundings.
 
     Raises:
       ValueError: A field is out of range, or two fields do not divide.
@@ -60,6 +73,7 @@ class GPTConfig:
     max_seq_len: int = 512
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    kernels: Literal["auto", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         """Check every field; the first one that is wrong is the error."""
@@ -85,7 +99,7 @@ class GPTConfig:
             f"{self.n_kv_heads}; type n_kv_heads={self.n_heads} (multi-head) or a "
             "divisor of it (grouped-query)",
         )
-        for name, choices in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
+        for name, choices in _CHOICES.items():
             _require(
                 getattr(self, name) in choices,
                 f"{name}={getattr(self, name)!r}, expected one of {choices}",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zfunc.models.decoding import Decoder, KVCache, Reading, kv_cache, reading
-from zfunc.models.gpt import _heads, _mlp, _norm
+from zfunc.models.gpt_block import heads, mlp, norm
 from zfunc.models.gpt_config import GPTConfig
 from zfunc.models.layers import rope_frequencies, rotate
 
@@ -66,18 +66,18 @@ def decoder(config: GPTConfig) -> Decoder:
         mask = where.causal()
         keys, values = [], []
         for i, layer in enumerate(params["layers"]):
-            h_BTD = _norm(x_BTD, layer["attn_norm"], config)
+            h_BTD = norm(x_BTD, layer["attn_norm"], config)
             past = cache.keys[i], cache.values[i]
             y_BTD, k, v = _attention(
                 layer["attn"], h_BTD, past, where, mask, angles, config
             )
             x_BTD = x_BTD + y_BTD
-            h_BTD = _norm(x_BTD, layer["mlp_norm"], config)
-            x_BTD = x_BTD + _mlp(layer["mlp"], h_BTD, config)
+            h_BTD = norm(x_BTD, layer["mlp_norm"], config)
+            x_BTD = x_BTD + mlp(layer["mlp"], h_BTD, config)
             keys.append(k)
             values.append(v)
         x_BTD = x_BTD if all_logits else x_BTD[:, -1:]
-        x_BTD = _norm(x_BTD, params["final_norm"], config)
+        x_BTD = norm(x_BTD, params["final_norm"], config)
         head = params["embedding" if config.tie_embeddings else "head"]
         length = cache.length + ids.shape[1]
         new = KVCache(tuple(keys), tuple(values), where.mask, length, {})
@@ -110,10 +110,10 @@ def _attention(
     config: GPTConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's attention, and its keys and values with the new ones."""
-    q_BHTK = rotate(_heads(x_BTD, weights["q"], config), *angles)
-    k_BGTK = rotate(_heads(x_BTD, weights["k"], config), *angles)
+    q_BHTK = rotate(heads(x_BTD, weights["q"], config), *angles, kernels=config.kernels)
+    k_BGTK = rotate(heads(x_BTD, weights["k"], config), *angles, kernels=config.kernels)
     k_BGSK = where.put(past[0], k_BGTK)
-    v_BGSK = where.put(past[1], _heads(x_BTD, weights["v"], config))
+    v_BGSK = where.put(past[1], heads(x_BTD, weights["v"], config))
     y_BHTK = F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK.to(q_BHTK.dtype),

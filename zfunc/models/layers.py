@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms and rotary positions: pure functions, in fp32 or wider inside.
 
+On a CUDA device each is one kernel of ``zfunc.kernels``.
+
 Shape suffixes: B batch, T time, D model, H heads, K head dim.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zfunc.kernels.cross_entropy import cross_entropy
+from zfunc.kernels.layer_norm import layer_norm as fused_layer_norm
+from zfunc.kernels.library import runs_triton
+from zfunc.kernels.rms_norm import rms_norm as fused_rms_norm
+from zfunc.kernels.rope import rope
+
+Kernels = Literal["auto", "triton", "reference"]
 
 
 def widen(dtype: torch.dtype) -> torch.dtype:
@@ -50,13 +60,16 @@ def embed(tokens: Tensor, table_VD: Tensor) -> Tensor:
     return wide.to(table_VD.dtype)
 
 
-def rms_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor, scale_D: Tensor, eps: float, *, kernels: Kernels = "auto"
+) -> Tensor:
     r"""Root-mean-square norm, :math:`x / \sqrt{\mathrm{mean}(x^2) + eps} \cdot s`.
 
     Args:
       x: ``[..., D]``, any floating dtype.
       scale_D: The scale s, ``[D]``.
       eps: Added to the mean square.
+      kernels: "auto" is a fused kernel on CUDA, torch's calls elsewhere.
 
     Returns:
       ``[..., D]`` in the dtype of ``x``; computed in ``widen(x.dtype)``.
@@ -72,18 +85,20 @@ def rms_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
       Hugging Face's Llama rounds to the dtype of ``x`` before it multiplies by the
       scale; here the result is rounded once.
     """
-    wide = x.to(widen(x.dtype))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale_D).to(x.dtype)
+    y: Tensor = fused_rms_norm(x, scale_D, eps, kernel=kernels)
+    return y
 
 
-def layer_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, scale_D: Tensor, eps: float, *, kernels: Kernels = "auto"
+) -> Tensor:
     """Layer norm without a bias: ``rms_norm`` of the centred input.
 
     Args:
       x: ``[..., D]``, any floating dtype.
       scale_D: The scale, ``[D]``.
       eps: Added to the variance.
+      kernels: As in ``rms_norm``.
 
     Returns:
       ``[..., D]`` in the dtype of ``x``; computed in ``widen(x.dtype)``.
@@ -95,9 +110,8 @@ def layer_norm(x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
     References:
       Ba et al., `Layer Normalization <https://arxiv.org/abs/1607.06450>`_, 2016.
     """
-    wide = x.to(widen(x.dtype))
-    wide = wide - wide.mean(-1, keepdim=True)
-    return rms_norm(wide, scale_D, eps).to(x.dtype)
+    y: Tensor = fused_layer_norm(x, scale_D, None, eps, kernel=kernels)
+    return y
 
 
 def rope_tables(
@@ -145,13 +159,16 @@ def rope_frequencies(head_dim: int, theta: float, like: Tensor) -> Tensor:
     return 1.0 / theta**exponent_K
 
 
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def rotate(
+    x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor, *, kernels: Kernels = "auto"
+) -> Tensor:
     """Turn each pair of coordinates ``(i, i + K / 2)`` by its angle.
 
     Args:
       x_BHTK: Queries or keys ``[..., T, K]``.
       cos_TK: Cosines ``[T, K / 2]``, from ``rope_tables``.
       sin_TK: Sines ``[T, K / 2]``.
+      kernels: As in ``rms_norm``.
 
     Returns:
       ``[..., T, K]`` in the dtype of ``x_BHTK``; computed in that of the tables.
@@ -166,6 +183,30 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
       weights on Hugging Face. Their Llama turns in the dtype of ``x_BHTK``; fp32
       matters for long contexts in bf16.
     """
-    a, b = x_BHTK.to(cos_TK.dtype).chunk(2, dim=-1)
-    turned = torch.cat([a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK], dim=-1)
-    return turned.to(x_BHTK.dtype)
+    turned: Tensor = rope(x_BHTK, cos_TK, sin_TK, kernel=kernels)
+    return turned
+
+
+def token_losses(
+    logits_NV: Tensor, targets_N: Tensor, *, kernels: Kernels = "auto"
+) -> Tensor:
+    r"""Cross-entropy of each token in nats, :math:`-\log p(\text{target})`.
+
+    Args:
+      logits_NV: ``[N, V]``, any floating dtype.
+      targets_N: Labels in [0, V), ``[N]``; -100 has loss 0.
+      kernels: As in ``rms_norm``. A kernel reads the logits as they are, and no copy of
+        them in fp32 is made.
+
+    Returns:
+      ``[N]``, in ``widen(logits_NV.dtype)``.
+
+    Examples:
+      >>> token_losses(torch.zeros(2, 4), torch.tensor([1, -100]))
+      tensor([1.3863, 0.0000])
+    """
+    if runs_triton("token_losses", kernels, logits_NV, targets_N):
+        losses: Tensor = cross_entropy(logits_NV, targets_N, kernel="triton")
+        return losses
+    wide_NV = logits_NV.to(widen(logits_NV.dtype))
+    return F.cross_entropy(wide_NV, targets_N, reduction="none")

@@ -7,9 +7,7 @@ from .adafactor import scale_by_adafactor as scale_by_adafactor
 from .adagrad import ScaleByAdagradMoments as ScaleByAdagradMoments
 from .adagrad import adagrad as adagrad
 from .adagrad import scale_by_adagrad as scale_by_adagrad
-from .adam import ScaleByAdamMoments as ScaleByAdamMoments
 from .adam import adam as adam
-from .adam import scale_by_adam as scale_by_adam
 from .adamw import adamw as adamw
 from .base import GradientTransformation as GradientTransformation
 from .base import apply_updates as apply_updates
@@ -26,9 +24,7 @@ from .ema import averaged_params as averaged_params
 from .ema import ema as ema
 from .lamb import lamb as lamb
 from .lamb import scale_by_trust_ratio as scale_by_trust_ratio
-from .lion import ScaleByLionMoments as ScaleByLionMoments
 from .lion import lion as lion
-from .lion import scale_by_lion as scale_by_lion
 from .low_precision import KahanMoments as KahanMoments
 from .low_precision import StochasticRoundingMoments as StochasticRoundingMoments
 from .low_precision import kahan as kahan
@@ -40,6 +36,10 @@ from .muon import scale_by_muon as scale_by_muon
 from .rmsprop import ScaleByRmsMoments as ScaleByRmsMoments
 from .rmsprop import rmsprop as rmsprop
 from .rmsprop import scale_by_rms as scale_by_rms
+from .scale_by_adam import ScaleByAdamMoments as ScaleByAdamMoments
+from .scale_by_adam import scale_by_adam as scale_by_adam
+from .scale_by_lion import ScaleByLionMoments as ScaleByLionMoments
+from .scale_by_lion import scale_by_lion as scale_by_lion
 from .schedule_free import ScheduleFreeMoments as ScheduleFreeMoments
 from .schedule_free import schedule_free as schedule_free
 from .schedule_free import schedule_free_adamw as schedule_free_adamw
@@ -60,6 +60,6 @@ from .schedules import cosine as cosine
 from .schedules import scale_by_learning_rate as scale_by_learning_rate
 from .schedules import warmup_cosine as warmup_cosine
 from .schedules import warmup_linear as warmup_linear
-from .sgd import TraceMoments as TraceMoments
 from .sgd import sgd as sgd
-from .sgd import trace as trace
+from .trace import TraceMoments as TraceMoments
+from .trace import trace as trace

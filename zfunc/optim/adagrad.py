@@ -15,7 +15,7 @@ from zfunc.optim.checks import check_number
 from zfunc.optim.decay import add_decayed_weights
 from zfunc.optim.schedules import (
     Schedule,
-    _as_schedule,
+    as_schedule,
     scale_by_learning_rate,
     value_at,
 )
@@ -160,7 +160,7 @@ def adagrad(
 
 
 def _falling(learning_rate: float | Schedule, lr_decay: float) -> Schedule:
-    schedule = _as_schedule(learning_rate)
+    schedule = as_schedule(learning_rate)
     decay = check_number("adagrad: lr_decay", lr_decay, instead="lr_decay=0.0")
 
     def rate(count: Tensor) -> Tensor:

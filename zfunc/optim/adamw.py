@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW: Adam with the weight decay beside the moments instead of in them."""
 
-from zfunc.optim.adam import scale_by_adam
 from zfunc.optim.base import GradientTransformation, chain
 from zfunc.optim.decay import Mask, add_decayed_weights
+from zfunc.optim.fused import Kernels
+from zfunc.optim.one_pass import adam_outline, adam_rule, one_pass
+from zfunc.optim.scale_by_adam import scale_by_adam
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 
 
@@ -14,6 +16,8 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     mask: Mask | None = None,
+    *,
+    kernels: Kernels = "auto",
 ) -> GradientTransformation:
     r"""AdamW: :math:`p_{t+1} = (1 - \eta_t \lambda) p_t - \eta_t \mathrm{adam}_t(g_t)`.
 
@@ -27,6 +31,8 @@ def adamw(
       weight_decay: :math:`\lambda`, at least 0.
       mask: Which leaves decay, ``(path, leaf) -> bool``; all if None. The usual one is
         ``decay_matrices``.
+      kernels: "auto" runs the step as one Triton kernel where the parameters are on a
+        CUDA device, "triton" insists on it, "reference" never does; the same bits.
 
     Returns:
       The optimizer: ``chain(scale_by_adam, add_decayed_weights,
@@ -59,8 +65,13 @@ def adamw(
       both); torch, optax, DeepSpeed and this one multiply it by the rate. optax's
       default ``weight_decay`` is 1e-4, and its mask is a tree of bools.
     """
-    return chain(
+    parts = chain(
         scale_by_adam(b1, b2, eps),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
+    fused = one_pass(
+        *("adamw", learning_rate, weight_decay, mask, kernels),
+        *(adam_outline, adam_rule(b1, b2, eps, coupled=False)),
+    )
+    return parts._replace(fused=fused)

@@ -25,6 +25,7 @@ from zfunc.core.tree import (
 )
 from zfunc.core.update import added
 from zfunc.core.update import widen as widen
+from zfunc.optim.fused import Fused, chained
 
 InitFn = Callable[[PyTree], PyTree]
 UpdateFn = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -45,7 +46,9 @@ class GradientTransformation(NamedTuple):
     a few leaves instead of a second set of moments. ``halves`` of a chain are the
     chain up to its last part that is not, the leafwise rest, and the first's length.
     ``deterministic`` declares of one that is not that its bits do not depend on the
-    mesh.
+    mesh. ``fused`` is the same update, parameters included, in one pass where a kernel
+    for it is there; ``factor(updates)`` is, of one that only scales all updates, what
+    by.
 
     Laws:
       ``tx.init(shard(p)) == shard(tx.init(p))``. ``update`` keeps the structure,
@@ -74,6 +77,8 @@ class GradientTransformation(NamedTuple):
     leafwise: bool = False
     halves: tuple[Any, ...] = ()
     deterministic: bool = False
+    fused: Fused | None = None
+    factor: Callable[[PyTree], Tensor] | None = None
 
 
 def identity() -> GradientTransformation:
@@ -184,7 +189,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         first, rest = transformations[:cut], transformations[cut:]
         halves = (chain(*first), chain(*rest), cut)
     fixed = all(part.leafwise or part.deterministic for part in transformations)
-    return GradientTransformation(init, update, not whole, halves, fixed)
+    fused = chained(transformations)
+    return GradientTransformation(init, update, not whole, halves, fixed, fused)
 
 
 def _summary(moments: Any) -> str:

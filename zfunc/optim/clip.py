@@ -7,6 +7,7 @@ from zfunc.core.sharding import global_norm
 from zfunc.core.tree import PyTree, tree_map
 from zfunc.optim.base import GradientTransformation, stateless, widen
 from zfunc.optim.checks import check_number
+from zfunc.optim.fused import scaled
 from zfunc.optim.norms import tree_ordered_norm
 
 
@@ -65,18 +66,15 @@ def clip_by_global_norm(
         )
     norm = tree_ordered_norm if deterministic else global_norm
 
-    def clip(updates: PyTree, params: PyTree) -> PyTree:
-        coefficient = (bound / (norm(updates) + 1e-6)).clamp(max=1.0)
-
-        def one(u: Tensor) -> Tensor:
-            wide = widen(u)
-            return wide * coefficient.to(wide.dtype)
-
-        return tree_map(one, updates)
+    def coefficient(updates: PyTree) -> Tensor:
+        return (bound / (norm(updates) + 1e-6)).clamp(max=1.0)
 
     return stateless(
-        "clip_by_global_norm", clip, leafwise=False, deterministic=deterministic
-    )
+        "clip_by_global_norm",
+        lambda updates, params: scaled(updates, coefficient(updates)),
+        leafwise=False,
+        deterministic=deterministic,
+    )._replace(factor=coefficient)
 
 
 def clip_by_value(limit: float) -> GradientTransformation:

@@ -101,14 +101,14 @@ def add_decayed_weights(
         return identity()
 
     def init(params: PyTree) -> PyTree:
-        _picked(mask, params)  # a wrong mask is found here, before any step
+        picked(mask, params)  # a wrong mask is found here, before any step
         return ()
 
     def add(updates: PyTree, params: PyTree) -> PyTree:
         check_updates(params, updates)
         return tree_map(
             lambda pick, u, p: widen(u) + decay * widen(p) if pick else widen(u),
-            _picked(mask, params),
+            picked(mask, params),
             updates,
             params,
         )
@@ -116,8 +116,21 @@ def add_decayed_weights(
     return stateless("add_decayed_weights", add)._replace(init=init)
 
 
-def _picked(mask: Mask | None, params: PyTree) -> PyTree:
-    """A tree like ``params`` with the mask's bool in the place of each buffer."""
+def picked(mask: Mask | None, params: PyTree) -> PyTree:
+    """A tree like ``params`` with the mask's bool in the place of each buffer.
+
+    Args:
+      mask: ``(path, leaf) -> bool``; None picks every leaf.
+      params: Parameters.
+
+    Raises:
+      TypeError: The mask returned something else.
+
+    Examples:
+      >>> import torch
+      >>> picked(decay_matrices, {"b": torch.ones(3), "w": torch.ones(2, 3)})
+      {'b': False, 'w': True}
+    """
     flags = []
     for path, leaf in leaves_with_path(params, is_sharded):
         flag = True if mask is None else mask(path, leaf)

@@ -11,7 +11,6 @@ from zfunc.core.tree import (
     tree_structure,
     tree_unflatten,
 )
-from zfunc.optim.adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.base import (
     LEAF,
     GradientTransformation,
@@ -24,6 +23,7 @@ from zfunc.optim.base import (
 )
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import Mask, add_decayed_weights
+from zfunc.optim.scale_by_adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 from zfunc.optim.whole import placed_leaves, square_sum, sum_over_ranks
 

@@ -1,91 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lion: the sign of an interpolated momentum."""
 
-from torch import Tensor
-
-from zfunc.core.tree import PyTree, check_floating, pytree, tree_map
-from zfunc.optim.base import (
-    GradientTransformation,
-    chain,
-    check_moments,
-    zeros_wide,
-)
-from zfunc.optim.checks import check_number
+from zfunc.optim.base import GradientTransformation, chain
 from zfunc.optim.decay import Mask, add_decayed_weights
+from zfunc.optim.fused import Kernels
+from zfunc.optim.one_pass import lion_rule, one_pass
+from zfunc.optim.scale_by_lion import ScaleByLionMoments, scale_by_lion
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
-
-
-@pytree
-class ScaleByLionMoments:
-    """What ``scale_by_lion`` remembers: a running mean of the updates.
-
-    Examples:
-      >>> import torch
-      >>> scale_by_lion().init({"w": torch.ones(1, dtype=torch.bfloat16)}).mu
-      {'w': tensor([0.])}
-    """
-
-    mu: PyTree
-
-
-def scale_by_lion(b1: float = 0.9, b2: float = 0.999) -> GradientTransformation:
-    r"""Replace each update by the sign of its mean with the momentum.
-
-    From :math:`\mu_0 = 0`:
-
-    .. math::
-      u'_t &= \mathrm{sign}(\beta_1 \mu_{t-1} + (1 - \beta_1) u_t) \\
-      \mu_t &= \beta_2 \mu_{t-1} + (1 - \beta_2) u_t
-
-    Args:
-      b1: :math:`\beta_1` in [0, 1): what the momentum weighs in the update.
-      b2: :math:`\beta_2` in [0, 1): the decay of the momentum.
-
-    Returns:
-      A transformation with ``ScaleByLionMoments``: one buffer like the parameters, in
-      float32 at least.
-
-    Raises:
-      TypeError: A hyper-parameter that is not a number.
-      ValueError: One out of its range.
-      StructureError: (from ``update``) the moments of something else.
-
-    Laws:
-      u' is -1, 0 or 1 everywhere, and 0 where all updates were 0: padding stays zero.
-      A factor that all updates share changes nothing.
-
-    Examples:
-      >>> import torch
-      >>> tx, p = scale_by_lion(), torch.zeros(3)
-      >>> tx.update(torch.tensor([3.0, -0.1, 0.0]), tx.init(p), p)[0]
-      tensor([ 1., -1.,  0.])
-
-    References:
-      Chen et al., `Symbolic Discovery of Optimization Algorithms
-      <https://arxiv.org/abs/2302.06675>`_, 2023, algorithm 2.
-    """
-    b1 = check_number("scale_by_lion: b1", b1, high=1.0, instead="b1=0.9")
-    b2 = check_number("scale_by_lion: b2", b2, high=1.0, instead="b2=0.999")
-
-    def init(params: PyTree) -> PyTree:
-        check_floating(params, "params")
-        return ScaleByLionMoments(zeros_wide(params))
-
-    def update(
-        updates: PyTree, moments: PyTree, params: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        check_moments("scale_by_lion", ScaleByLionMoments(updates), moments)
-
-        def direction(m: Tensor, u: Tensor) -> Tensor:
-            return (b1 * m + (1 - b1) * u.to(m.dtype)).sign()
-
-        def mean(m: Tensor, u: Tensor) -> Tensor:
-            return b2 * m + (1 - b2) * u.to(m.dtype)
-
-        after = ScaleByLionMoments(tree_map(mean, moments.mu, updates))
-        return tree_map(direction, moments.mu, updates), after
-
-    return GradientTransformation(init, update, leafwise=True)
 
 
 def lion(
@@ -94,6 +15,8 @@ def lion(
     b2: float = 0.999,
     weight_decay: float = 0.0,
     mask: Mask | None = None,
+    *,
+    kernels: Kernels = "auto",
 ) -> GradientTransformation:
     r"""Lion: :math:`p_{t+1} = (1 - \eta_t \lambda) p_t - \eta_t \mathrm{lion}_t(g_t)`.
 
@@ -108,6 +31,8 @@ def lion(
       weight_decay: :math:`\lambda`, at least 0.
       mask: Which leaves decay, ``(path, leaf) -> bool``; all if None. The usual one is
         ``decay_matrices``.
+      kernels: "auto" runs the step as one Triton kernel where the parameters are on a
+        CUDA device, "triton" insists on it, "reference" never does; the same bits.
 
     Returns:
       The optimizer: ``chain(scale_by_lion, add_decayed_weights,
@@ -137,8 +62,13 @@ def lion(
       The paper and optax take ``b2=0.99``; the default here is that of DeepSpeed's
       ``FusedLion``. optax decays by 1e-3 by default.
     """
-    return chain(
+    parts = chain(
         scale_by_lion(b1, b2),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
+    fused = one_pass(
+        *("lion", learning_rate, weight_decay, mask, kernels),
+        *(ScaleByLionMoments, lion_rule(b1, b2)),
+    )
+    return parts._replace(fused=fused)

@@ -17,7 +17,6 @@ from zfunc.core.tree import (
     tree_structure,
     tree_unflatten,
 )
-from zfunc.optim.adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.base import (
     LEAF,
     GradientTransformation,
@@ -30,6 +29,7 @@ from zfunc.optim.base import (
 from zfunc.optim.checks import check_count, check_number
 from zfunc.optim.decay import Mask, add_decayed_weights
 from zfunc.optim.orthogonal import orthogonalized_leaves
+from zfunc.optim.scale_by_adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.schedules import (
     ScaleByLearningRateMoments,
     Schedule,

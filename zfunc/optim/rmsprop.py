@@ -15,7 +15,7 @@ from zfunc.optim.base import (
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import add_decayed_weights
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
-from zfunc.optim.sgd import trace
+from zfunc.optim.trace import trace
 
 
 @pytree

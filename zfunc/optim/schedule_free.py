@@ -19,7 +19,7 @@ from zfunc.optim.checks import check_count, check_number
 from zfunc.optim.decay import Mask, add_decayed_weights
 from zfunc.optim.ema import only_moments
 from zfunc.optim.rmsprop import scale_by_rms
-from zfunc.optim.schedules import Schedule, _as_schedule, value_at
+from zfunc.optim.schedules import Schedule, as_schedule, value_at
 
 
 @pytree
@@ -90,7 +90,7 @@ def schedule_free(
       The authors' code weighs by the square of the largest rate so far, and writes x
       over y for evaluation.
     """
-    schedule = _as_schedule(learning_rate)
+    schedule = as_schedule(learning_rate)
     beta = check_number(
         "schedule_free: b1", b1, above_low=True, high=1.0, instead="b1=0.9"
     )
@@ -189,7 +189,7 @@ def schedule_free_adamw(
       The authors' code corrects the mean square instead of the rate, so that its
       ``eps`` is another, and weighs by the square of the largest rate so far.
     """
-    schedule = _as_schedule(learning_rate)
+    schedule = as_schedule(learning_rate)
     b2 = check_number("schedule_free_adamw: b2", b2, high=1.0, instead="b2=0.999")
     warm = check_count(
         "schedule_free_adamw: warmup_steps",

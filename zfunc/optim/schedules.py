@@ -245,7 +245,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     Differs from:
       ``torch.optim.lr_scheduler`` writes to the optimizer, after the update.
     """
-    schedule = _as_schedule(learning_rate)
+    schedule = as_schedule(learning_rate)
 
     def init(params: PyTree) -> PyTree:
         return ScaleByLearningRateMoments(new_count(params))
@@ -267,7 +267,20 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
     return GradientTransformation(init, update, leafwise=True)
 
 
-def _as_schedule(learning_rate: Any) -> Schedule:
+def as_schedule(learning_rate: Any) -> Schedule:
+    """A learning rate as a schedule; a number is a constant one.
+
+    Args:
+      learning_rate: A number, at least 0, or a function of the step.
+
+    Raises:
+      TypeError: Neither.
+      ValueError: A negative number.
+
+    Examples:
+      >>> as_schedule(0.5)(torch.tensor(3))
+      tensor(0.5000, dtype=torch.float64)
+    """
     if callable(learning_rate):
         return learning_rate  # type: ignore[no-any-return]
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, Real):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place: results of batched calls over the operands that nothing needs any more.
+"""In place: results of calls on many leaves over operands that nothing needs any more.
 
 The last thing that happens to a program's graph: after it the order of the graph is not
 only that of its edges.
@@ -17,13 +17,14 @@ from torch.fx import Graph, Node
 
 from zfunc.program import ir
 from zfunc.program.batched import Batched
+from zfunc.program.list_calls import ListCall
 from zfunc.program.listing import sends
 from zfunc.program.program import Program, paths_by_node
 from zfunc.program.storages import held_in, present
 from zfunc.transforms.loop import SumOver
 
 # Operators that tell the truth, by their fake results, about whose memory they return.
-_NAMESPACES: Final = frozenset({"aten", "_c10d_functional"})
+_NAMESPACES: Final = frozenset({"aten", "_c10d_functional", "zfunc"})
 
 
 def write_over(program: Program) -> Program:
@@ -38,16 +39,19 @@ def write_over(program: Program) -> Program:
     kept = {node for node, path in paths.items() if path not in program.donated}
     for node in ir.calls_of(graph):
         if isinstance(node.target, Batched):
-            memory = _Memory(graph, kept)
-            _write_over(node, node.target, memory)
+            _write_over(node, node.target, _Memory(graph, kept))
+        elif isinstance(node.target, ListCall) and node.target.in_place is not None:
+            _run_twin(node, node.target, _Memory(graph, kept))
     return program.with_graph(graph)
 
 
 def written_over(graph: Graph) -> set[Node]:
-    """The operands that batched calls write over."""
+    """The operands that batched calls and kernels write over."""
     found: set[Node] = set()
     for node in ir.calls_of(graph):
-        if isinstance(node.target, Batched):
+        if isinstance(node.target, ListCall) and node.target.over:
+            found.update(node.target.leaves(node.args))
+        elif isinstance(node.target, Batched):
             for j, flags in enumerate(node.target.over):
                 if any(flags):
                     leaves = zip(_column(node, node.target, j), flags, strict=True)
@@ -79,6 +83,19 @@ def _write_over(node: Node, batched: Batched, memory: _Memory) -> None:
         flags.append(tuple(row))
     node.target = dataclasses.replace(batched, over=tuple(flags))
     node.meta["val"] = values
+
+
+def _run_twin(node: Node, call: ListCall, memory: _Memory) -> None:
+    """The kernel in place, if it may write over all that it would."""
+    leaves, values = call.leaves(node.args), list(node.meta["val"])
+    pairs = zip(leaves, values, strict=False)
+    if not all(memory.is_free(leaf, node, value) for leaf, value in pairs):
+        return
+    values[: len(leaves)] = [leaf.meta["val"] for leaf in leaves]
+    node.target = dataclasses.replace(call, over=True)
+    node.meta["val"] = values
+    for user in node.users:
+        user.meta["val"] = values[user.args[1]]  # type: ignore[index]
 
 
 class _Memory:
@@ -148,7 +165,7 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _is_known(node: Node) -> bool:
     """Whether a fake result says whose memory the real one is in."""
     target = node.target
-    if node.op == "placeholder" or isinstance(target, Batched):
+    if node.op == "placeholder" or isinstance(target, (Batched, ListCall)):
         return True
     if target is operator.getitem:
         return _is_known(node.args[0])  # type: ignore[arg-type]

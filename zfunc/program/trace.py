@@ -33,6 +33,7 @@ from zfunc.core.tree import (
     tree_unflatten,
 )
 from zfunc.program.ir import calls_of, remove_dead, with_bodies
+from zfunc.program.list_calls import with_list_calls
 from zfunc.program.mask_checks import told_of_tracing
 from zfunc.transforms.loop import lift_constants
 
@@ -88,6 +89,7 @@ def trace(fn: Callable[..., PyTree], args: PyTree, kind: str) -> Traced:
             raise _explained(error) from error
         raise
     _refuse_writes(module.graph)
+    with_list_calls(module.graph)
     constants = lift_constants(module)
     remove_dead(module.graph)
     return Traced(module.graph, constants, *results[-1])

@@ -437,7 +437,11 @@ def test_dropout_has_a_key_of_its_own_at_every_site(monkeypatch):
         sites.append((tuple(keys.tolist()), x.shape, rate))
         return x
 
+    def fused(x, bias, residual, keys, rate, **options):
+        return residual + spy(keys, x, rate)
+
     monkeypatch.setattr("zfunc.core.random.dropout", spy)
+    monkeypatch.setattr("zfunc.models.gpt_block.bias_dropout_residual", fused)
     params, tokens = gpt.init(DROPPING), tokens_of(DROPPING, 2, 9)
     gpt.apply(params, tokens, DROPPING, keys=keys_of(2))
     # The embedding, and both residual branches of each layer.

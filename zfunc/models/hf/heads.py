@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zfunc.core.state import Mean
 from zfunc.models.hf.errors import ModelError
+from zfunc.models.layers import token_losses
 
 IGNORED: Final = -100
 
@@ -105,9 +106,8 @@ def head_loss(
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> Mean:
     flat = labels.reshape(-1)
-    scores = logits.reshape(-1, logits.shape[-1]).float()
-    total = F.cross_entropy(scores, flat, ignore_index=IGNORED, reduction="sum")
-    return Mean(total, (flat != IGNORED).sum())
+    losses = token_losses(logits.reshape(-1, logits.shape[-1]), flat)
+    return Mean(losses.sum(), (flat != IGNORED).sum())
 
 
 def _classification(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> Mean:

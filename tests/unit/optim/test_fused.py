@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused step of an optimizer is its chain, bit for bit, wherever a step runs.
+
+Triton's interpreter runs the kernels here.
+"""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import zfunc as zf
+from zfunc.core.tree import tree_structure
+from zfunc.core.update import consuming_update, pure_update
+from zfunc.optim import (
+    adam,
+    adamw,
+    chain,
+    clip_by_global_norm,
+    clip_by_value,
+    decay_matrices,
+    identity,
+    lion,
+    sgd,
+    warmup_linear,
+)
+from zfunc.testing import simulate, split_batch
+
+
+def _ramp(step):
+    return 0.8 + 0.01 * step
+
+
+def _nearest(x):
+    if x.dtype == torch.float64:
+        return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
+    return torch.sqrt(x.double()).to(x.dtype)
+
+
+@pytest.fixture(autouse=True)
+def roots_to_the_nearest():
+    """The chain's square root as a GPU has it: MKL's may be off by one bit."""
+    with mock.patch.object(torch.Tensor, "sqrt", _nearest):
+        yield
+
+
+OPTIMIZERS = {
+    "adamw": lambda k: adamw(1e-2, kernels=k),
+    "adamw-mask": lambda k: adamw(0.1, mask=decay_matrices, kernels=k),
+    "adamw-eps0": lambda k: adamw(0.1, eps=0.0, weight_decay=0.0, kernels=k),
+    "adamw-schedules": lambda k: adamw(warmup_linear(0.1, 2, 9), _ramp, kernels=k),
+    "adam": lambda k: adam(0.1, 0.8, 0.9, kernels=k),
+    "adam-decay": lambda k: adam(0.1, weight_decay=0.1, kernels=k),
+    "lion": lambda k: lion(0.1, weight_decay=0.1, mask=decay_matrices, kernels=k),
+    "sgd": lambda k: sgd(0.1, weight_decay=0.1, kernels=k),
+    "momentum": lambda k: sgd(0.1, 0.9, dampening=0.5, kernels=k),
+    "nesterov": lambda k: sgd(0.1, _ramp, True, 0.1, kernels=k),
+    "clip, lion": lambda k: chain(clip_by_global_norm(0.5), lion(0.1, kernels=k)),
+    "clip": lambda k: chain(clip_by_global_norm(0.5), adamw(0.1, kernels=k)),
+    "value, clip": lambda k: chain(
+        clip_by_value(1.0), clip_by_global_norm(0.5), adamw(0.1, kernels=k)
+    ),
+    "clip, value": lambda k: chain(
+        clip_by_global_norm(0.5), clip_by_value(0.2), adam(0.1, kernels=k)
+    ),
+    "nested": lambda k: chain(
+        clip_by_global_norm(0.5), chain(identity(), adamw(0.1, kernels=k))
+    ),
+    "then": lambda k: chain(adamw(0.1, kernels=k), clip_by_value(0.05)),
+}
+
+
+def tree(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"b": (3,), "empty": (0, 2), "one": (), "w": (17, 61)}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def equal(a, b):
+    assert tree_structure(a) == tree_structure(b)
+    for x, y in zip(zf.tree_leaves(a), zf.tree_leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("finite", [None, True, False])
+@pytest.mark.parametrize("update", ["pure", "consuming"])
+def test_the_bits_of_the_chain(name, finite, update):
+    make = OPTIMIZERS[name]
+    finite = None if finite is None else torch.tensor(finite)
+    results = []
+    for kernels in ("reference", "triton"):
+        tx, params = make(kernels), tree(0)
+        moments = tx.init(params)
+        for seed in (1, 2, 3):
+            if update == "pure":
+                params, moments = pure_update(tx, tree(seed), moments, params, finite)
+            else:
+                owned = [params, moments]
+                params, moments = consuming_update(tx, tree(seed), owned, finite)
+        results.append((params, moments))
+    equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes(dtype):
+    results = []
+    for kernels in ("reference", "triton"):
+        tx, params = OPTIMIZERS["clip"](kernels), tree(0, dtype)
+        results.append(pure_update(tx, tree(1, dtype), tx.init(params), params))
+    equal(*results)
+
+
+@given(st.integers(1, 8), st.sampled_from([1, 2, 3]))
+@settings(max_examples=5)
+def test_steps_on_a_mesh(seed, zero):
+    params, batch = tree(seed), torch.randn(4, 61)
+
+    def loss(p, x):
+        return (torch.tanh(x @ p["w"].T).sum() + p["b"].sum() * p["one"]) / 4
+
+    states = []
+    for kernels in ("reference", "triton"):
+        tx = OPTIMIZERS["clip"](kernels)
+        sim = simulate(zf.train_step(loss, tx, zf.partition(zero=zero)), {"data": 2})
+        states.append(sim(sim.shard(params), split_batch(batch, {"data": 2})))
+    equal(*states)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_program_has_it_as_one_call(donate):
+    """Written over the old state where that is donated."""
+    mesh = zf.make_mesh({"data": 1})
+
+    def loss(p, x):
+        return (x @ p["w"].T).square().mean() + p["b"].sum() * p["one"]
+
+    states = []
+    for kernels in ("reference", "triton"):
+        tx = OPTIMIZERS["clip"](kernels)
+        step = zf.train_step(loss, tx, zf.partition(zero=3))
+        jitted = zf.jit(step, donate=donate)
+        state = zf.shard(tree(0), mesh)
+        for seed in (1, 2):
+            batch = torch.randn(4, 61, generator=torch.Generator().manual_seed(seed))
+            state = jitted(state, batch)
+        states.append(state)
+    equal(*states)
+    text = jitted.lower(state, batch).as_text()
+    assert text.count("zfunc.adamw") == 1
+    assert ("zfunc.adamw_" in text) is donate
+
+
+def test_messages():
+    with pytest.raises(ValueError, match="adamw: kernels is 'fused', expected 'auto'"):
+        adamw(0.1, kernels="fused")
+    with pytest.raises(ValueError, match="adam: kernels is 'cuda', expected 'auto'"):
+        adam(0.1, kernels="cuda")

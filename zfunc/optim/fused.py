@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An optimizer's whole step as one pass over memory, where a kernel for it is there.
+
+A chain is a dozen elementwise calls, and each of them goes through memory: Adam's reads
+and writes a parameter some thirty times. A ``Fused`` step computes the same bits, from
+the gradient to the new parameter, in one pass. It is part of the transformation itself:
+whoever writes ``adamw(3e-4)`` gets it, and a chain that ends in one has it too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zfunc.core.tree import PyTree, tree_leaves, tree_map
+from zfunc.core.update import widen
+from zfunc.kernels.library import runs_triton
+
+Kernels = Literal["auto", "triton", "reference"]
+
+
+class Fused(NamedTuple):
+    """A step in one pass: ``params, moments`` from the updates, without the updates.
+
+    ``applies(params)`` says, by dtypes and devices only, whether there is a kernel for
+    such parameters. ``step(updates, moments, params, finite, factor)`` returns the new
+    parameters and moments; ``finite`` false leaves both as they are, ``factor`` is what
+    the updates are multiplied by first (a clip's coefficient); either may be None.
+
+    Laws:
+      ``apply_updates(params, tx.update(...)[0])`` and its moments, bitwise.
+    """
+
+    applies: Callable[[PyTree], bool]
+    step: Callable[..., tuple[PyTree, PyTree]]
+
+
+def applies_to(name: str, kernels: Kernels) -> Callable[[PyTree], bool]:
+    """Whether an optimizer's kernel runs, by what was asked for and the devices.
+
+    Args:
+      name: The optimizer, for messages.
+      kernels: "auto" is Triton where all parameters are on one CUDA device; "triton"
+        insists; "reference" is the chain of elementwise calls.
+
+    Returns:
+      ``params -> bool``; it raises ``ValueError`` where "triton" cannot be had.
+
+    Raises:
+      ValueError: Another ``kernels``.
+
+    Examples:
+      >>> applies_to("adamw", "auto")({"w": torch.ones(2)})
+      False
+    """
+    if kernels not in ("auto", "triton", "reference"):
+        raise ValueError(
+            f"{name}: kernels is {kernels!r}, expected 'auto', 'triton' or "
+            "'reference'; leave it out for 'auto'"
+        )
+
+    def applies(params: PyTree) -> bool:
+        leaves = tree_leaves(params)
+        one_device = len({x.device for x in leaves}) == 1
+        if kernels == "reference" or (kernels == "auto" and not one_device):
+            return False
+        return bool(leaves) and bool(runs_triton(name, kernels, *leaves))
+
+    return applies
+
+
+def chained(parts: Sequence[Any]) -> Fused | None:
+    """The fused step of a chain: that of its last part, on what the others make of it.
+
+    A factor for all updates right before the last part, such as a clip's, is not a pass
+    of its own.
+
+    Args:
+      parts: Transformations.
+
+    Returns:
+      The step, or None where the last part has none.
+    """
+    if not parts or parts[-1].fused is None:
+        return None
+    last, firsts = parts[-1].fused, parts[:-1]
+    factor_of = firsts[-1].factor if firsts else None
+
+    def step(
+        updates: PyTree,
+        moments: PyTree,
+        params: PyTree,
+        finite: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        if factor is not None and firsts:
+            updates, factor = scaled(updates, factor), None
+        after = []
+        for part, before in zip(firsts, moments, strict=False):
+            if part is firsts[-1] and factor_of is not None:
+                factor = factor_of(updates)
+                after.append(before)
+            else:
+                updates, new = part.update(updates, before, params)
+                after.append(chosen(finite, new, before))
+        params, new = last.step(updates, moments[-1], params, finite, factor)
+        return params, (*after, new)
+
+    return Fused(last.applies, step)
+
+
+def scaled(updates: PyTree, factor: Tensor) -> PyTree:
+    """All updates times a 0-d factor, in float32 at least.
+
+    Args:
+      updates: Floating tensors.
+      factor: 0-d, rounded to the dtype of the arithmetic.
+
+    Examples:
+      >>> scaled([torch.ones(2)], torch.tensor(0.5))
+      [tensor([0.5000, 0.5000])]
+    """
+
+    def one(u: Tensor) -> Tensor:
+        wide = widen(u)
+        return wide * factor.to(wide.dtype)
+
+    return tree_map(one, updates)
+
+
+def chosen(finite: Tensor | None, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where ``finite`` is None or true, else ``old``.
+
+    Examples:
+      >>> chosen(torch.tensor(False), [torch.ones(1)], [torch.zeros(1)])
+      [tensor([0.])]
+    """
+    if finite is None:
+        return new
+    return tree_map(lambda n, o: torch.where(finite, n, o), new, old)

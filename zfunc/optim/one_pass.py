@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adam``, ``adamw``, ``lion`` and ``sgd`` as a pass from gradient to parameter.
+
+Each of them is a direction, a decay and a learning rate. ``one_pass`` reads the moments
+of these three parts, has a rule run the kernel, and puts together what the parts of the
+chain would have returned.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfunc.core.tree import PyTree, tree_leaves, tree_structure, tree_unflatten
+from zfunc.kernels.adamw import adamw as adamw_kernel
+from zfunc.kernels.lion import lion as lion_kernel
+from zfunc.kernels.sgd import sgd as sgd_kernel
+from zfunc.optim.base import LEAF, check_moments, check_updates
+from zfunc.optim.decay import Mask, picked
+from zfunc.optim.fused import Fused, Kernels, applies_to, chosen
+from zfunc.optim.scale_by_adam import ScaleByAdamMoments, bias_weights
+from zfunc.optim.scale_by_lion import ScaleByLionMoments
+from zfunc.optim.schedule_values import factor_at, value_at
+from zfunc.optim.schedules import (
+    ScaleByLearningRateMoments,
+    Schedule,
+    as_schedule,
+)
+from zfunc.optim.trace import TraceMoments
+
+# (moments of the direction, params, grads, options of the kernel)
+# -> (new params, new moments of the direction)
+Rule = Callable[[Any, list[Tensor], list[Tensor], dict[str, Any]], tuple[Any, Any]]
+
+
+def one_pass(
+    name: str,
+    learning_rate: float | Schedule,
+    weight_decay: float,
+    mask: Mask | None,
+    kernels: Kernels,
+    outline: Callable[[PyTree], PyTree],
+    rule: Rule,
+) -> Fused:
+    """The step of a chain of a direction, a decay and a learning rate.
+
+    Args:
+      name: The optimizer; of "adam" and "sgd" the decay comes before the direction.
+      learning_rate: As in the optimizer; the chain has checked it, and what follows.
+      weight_decay: Likewise.
+      mask: Likewise.
+      kernels: Which implementation, see ``applies_to``.
+      outline: The structure of the direction's moments, from that of the updates.
+      rule: Runs the kernel.
+
+    Returns:
+      The step.
+
+    Laws:
+      The bits of the chain of these parts, ``apply_updates`` included.
+    """
+    schedule, place = as_schedule(learning_rate), int(name in ("adam", "sgd"))
+
+    def step(
+        updates: PyTree,
+        moments: PyTree,
+        params: PyTree,
+        finite: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        check_updates(params, updates)
+        expected: list[PyTree] = [(), (), ScaleByLearningRateMoments(LEAF)]
+        expected[place] = outline(updates)
+        check_moments(name, tuple(expected), moments)
+        before, rate = moments[place], moments[2]
+        options = {
+            "learning_rate": value_at(
+                "the learning-rate schedule", schedule, rate.count
+            ),
+            "weight_decay": _decays(weight_decay, mask, params),
+            "coefficient": factor,
+            "finite": finite,
+            "kernel": "triton",
+        }
+        leaves, new = rule(before, tree_leaves(params), tree_leaves(updates), options)
+        after: list[PyTree] = [(), (), None]
+        after[place] = new
+        after[2] = ScaleByLearningRateMoments(
+            chosen(finite, rate.count + 1, rate.count)
+        )
+        return tree_unflatten(tree_structure(params), leaves), tuple(after)
+
+    return Fused(applies_to(name, kernels), step)
+
+
+def adam_rule(b1: float | Schedule, b2: float, eps: float, *, coupled: bool) -> Rule:
+    """Adam's direction, its decay ``coupled`` or not."""
+
+    def rule(
+        adam: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        keep = factor_at("scale_by_adam: b1", b1, adam.count)
+        weight1, weight2 = bias_weights(keep, b2, adam.count + 1)
+        mu, nu = tree_leaves(adam.mu), tree_leaves(adam.nu)
+        done = adamw_kernel(
+            *(params, grads, mu, nu),
+            weight1=weight1,
+            weight2=weight2,
+            b1=keep,
+            b2=b2,
+            eps=eps,
+            coupled=coupled,
+            **options,
+        )
+        count = chosen(options["finite"], adam.count + 1, adam.count)
+        mu, nu = _like(adam.mu, done.mu), _like(adam.nu, done.nu)
+        return done.params, ScaleByAdamMoments(count, mu, nu)
+
+    return rule
+
+
+def adam_outline(updates: PyTree) -> PyTree:
+    """The structure of Adam's moments."""
+    return ScaleByAdamMoments(LEAF, updates, updates)
+
+
+def lion_rule(b1: float, b2: float) -> Rule:
+    """Lion's direction."""
+
+    def rule(
+        lion: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        done = lion_kernel(params, grads, tree_leaves(lion.mu), b1=b1, b2=b2, **options)
+        return done.params, ScaleByLionMoments(_like(lion.mu, done.mu))
+
+    return rule
+
+
+def sgd_rule(momentum: float | Schedule, dampening: float, *, nesterov: bool) -> Rule:
+    """The trace of ``sgd``, or none for a momentum of 0."""
+
+    def rule(
+        trace: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        if trace == ():
+            return sgd_kernel(params, grads, **options).params, ()
+        done = sgd_kernel(
+            *(params, grads, tree_leaves(trace.trace)),
+            momentum=factor_at("trace: momentum", momentum, trace.count),
+            gain=1.0 - dampening * (trace.count > 0).to(torch.float64),
+            nesterov=nesterov,
+            **options,
+        )
+        count = chosen(options["finite"], trace.count + 1, trace.count)
+        return done.params, TraceMoments(count, _like(trace.trace, done.trace))
+
+    return rule
+
+
+def _like(tree: PyTree, leaves: list[Tensor]) -> PyTree:
+    return tree_unflatten(tree_structure(tree), leaves)
+
+
+def _decays(decay: float, mask: Mask | None, params: PyTree) -> float | list[float]:
+    """The decay of each leaf, or one number for all of them."""
+    if mask is None or decay == 0:
+        return float(decay)
+    return [float(decay) if pick else 0.0 for pick in tree_leaves(picked(mask, params))]
