@@ -27,7 +27,14 @@ from torch import Tensor
 
 from . import adamw_cpu
 from .adamw_kernel import update
-from .library import Kernel, define, looped, runs_triton
+from .library import (
+    Kernel,
+    check_floating,
+    check_shape,
+    define,
+    looped,
+    runs_triton,
+)
 from .square_root import square_root
 from .update_lists import (
     SCHEMA,
@@ -156,44 +163,51 @@ def _by_cpp(
     return adamw_cpu.run(lists, targets, decay, numbers, how.coupled)
 
 
-def _like(params: Any, grads: Any, mu: Any, nu: Any, *args: Any) -> Any:
+def _like(params: Any, grads: Any, mu: Any, nu: Any, _: Any, *args: Any) -> Any:
     copies = Options(*args[:-10]).empty_copies(params)
     return [*fresh(params), *fresh(mu), *fresh(nu), *copies]
 
 
-def _pure(params: Any, grads: Any, mu: Any, nu: Any, *args: Any) -> Any:
-    new, n = _like(params, grads, mu, nu, *args), len(params)
+def _pure(params: Any, grads: Any, mu: Any, nu: Any, _: Any, *args: Any) -> Any:
+    new, n = _like(params, grads, mu, nu, _, *args), len(params)
     targets = [new[at : at + n] for at in range(0, len(new), max(n, 1))]
     how = Moments(*args[-10:])
     _launch((params, grads, mu, nu), targets, Options(*args[:-10]), how)
     return new
 
 
-def _donated(params: Any, grads: Any, mu: Any, nu: Any, *args: Any) -> Any:
+def _donated(params: Any, grads: Any, mu: Any, nu: Any, copies: Any, *args: Any) -> Any:
     options = Options(*args[:-10])
-    copies = options.empty_copies(params)
-    targets = params, mu, nu, copies
+    new = [] if copies else options.empty_copies(params)
+    targets = params, mu, nu, copies or new
     _launch((params, grads, mu, nu), targets, options, Moments(*args[-10:]))
-    return copies
+    return new
+
+
+def _like_new(
+    params: Any, grads: Any, mu: Any, nu: Any, copies: Any, *args: Any
+) -> Any:
+    return [] if copies else Options(*args[:-10]).empty_copies(params)
 
 
 _HOW: Final = (
     "Tensor? weight1_at, Tensor? weight2_at, Tensor? b1_at, float weight1, "
     "float weight2, float b1, float b2, float eps, bool coupled, str kernel"
 )
-# The first returns new params, mu, nu and copies, in one list.
+# The first returns new params, mu, nu and copies, in one list; the second writes over
+# these four, and returns the copies if there were none.
 pure_op: Final = define(
     "adamw(Tensor[] params, Tensor[] grads, Tensor[] mu, Tensor[] nu, "
-    f"{SCHEMA}, {_HOW}) -> Tensor[]",
+    f"Tensor[] copies, {SCHEMA}, {_HOW}) -> Tensor[]",
     _pure,
     fake=_like,
     vmap=looped(lambda: pure_op),
 )
 donated_op: Final = define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, "
-    f"{SCHEMA}, {_HOW}) -> Tensor[]",
+    f"Tensor(d!)[] copies, {SCHEMA}, {_HOW}) -> Tensor[]",
     _donated,
-    fake=lambda params, grads, mu, nu, *args: Options(*args[:-10]).empty_copies(params),
+    fake=_like_new,
     vmap=not_mapped("adamw"),
 )
 
@@ -215,6 +229,7 @@ def adamw(
     coefficient: float | Tensor | None = None,
     finite: Tensor | None = None,
     copy_dtype: torch.dtype | None = None,
+    copies: Sequence[Tensor] = (),
     donate: bool = False,
     kernel: Kernel = "auto",
 ) -> AdamWResult:
@@ -245,7 +260,9 @@ def adamw(
       coefficient: :math:`c`, of a clip or a loss scale: a number or a 0-d tensor.
       finite: 0-d bool: where it is false, everything stays as it was.
       copy_dtype: Also write the new parameters in this dtype.
-      donate: Write over ``params``, ``mu`` and ``nu``, and return them.
+      copies: The old copies, in the place of ``copy_dtype``: memory for the new ones
+        where it is donated. What is in them does not matter.
+      donate: Write over ``params``, ``mu``, ``nu`` and ``copies``, and return them.
       kernel: "auto" is Triton on CUDA; on a CPU one pass in C++ for 2^20 elements or
         more where a compiler is found, else torch.
 
@@ -277,6 +294,7 @@ def adamw(
       and counts steps itself.
     """
     check_lists("adamw", params, grads, donate, mu=mu, nu=nu)
+    copy_dtype = _copy_dtype(params, copies, copy_dtype)
     for name, value in (("weight1", weight1), ("weight2", weight2)):
         check_factor("adamw", name, value)
         if not isinstance(value, Tensor) and value == 0:
@@ -299,18 +317,39 @@ def adamw(
         copy_dtype=copy_dtype,
     )
     how = _moments(weight1, weight2, b1, b2, eps, coupled, kernel)
-    lists = list(params), list(grads), list(mu), list(nu)
+    lists = list(params), list(grads), list(mu), list(nu), list(copies)
     tensors = [x for some in lists for x in some] + [*options[:3], *how[:3]]
     by_triton, n = runs_triton("adamw", kernel, *tensors), len(params)
     if not (n and (by_triton or (kernel == "auto" and _many(tensors, n)))):
-        new = adamw_reference(*lists, options, how)
-        old = lists[0], lists[2], lists[3]
-        return AdamWResult(*written(donate, old, new[:3]), new.copies)
+        new = adamw_reference(*lists[:4], options, how)
+        old = lists[0], lists[2], lists[3], lists[4] or new.copies
+        return AdamWResult(*written(donate, old, new))
     if donate:
-        copies = donated_op(*lists, *options, *how)
-        return AdamWResult(lists[0], lists[2], lists[3], copies)
+        made = donated_op(*lists, *options, *how)
+        return AdamWResult(lists[0], *lists[2:4], lists[4] or made)
     new = pure_op(*lists, *options, *how)
     return AdamWResult(*(new[at : at + n] for at in range(0, 4 * n, n)))
+
+
+def _copy_dtype(params: Any, copies: Any, dtype: Any) -> Any:
+    """The dtype of the copies, which are like the parameters if there are any."""
+    if not isinstance(copies, (list, tuple)) or len(copies) not in (0, len(params)):
+        got = type(copies).__name__
+        got += f" of {len(copies)}" if isinstance(copies, (list, tuple)) else ""
+        raise TypeError(
+            f"adamw: copies is {got}, expected a list of {len(params)} tensors like "
+            "params; leave it out, or pass those of the last update"
+        )
+    for i, (x, p) in enumerate(zip(copies, params, strict=False)):
+        check_floating("adamw", **{f"copies[{i}]": x})
+        check_shape("adamw", f"copies[{i}]", x, tuple(p.shape))
+        dtype = x.dtype if dtype is None else dtype
+        if x.dtype != dtype:
+            raise TypeError(
+                f"adamw: copies[{i}] is {x.dtype}, expected {dtype} as copy_dtype and "
+                f"the others; pass copies[{i}].to({dtype})"
+            )
+    return dtype
 
 
 def _moments(weight1: Any, weight2: Any, b1: Any, *others: Any) -> Moments:

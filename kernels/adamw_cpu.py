@@ -3,7 +3,7 @@
 
 The compiler is the system's; the library is loaded and its file removed. Contraction
 to fused multiply-add is off and no mathematics is relaxed, so the bits are those of
-the reference, which computes where there is no compiler or none for a dtype.
+the reference, which computes where there is no compiler.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ WORTH_NUMEL: Final = 1 << 20  # a pass over this many takes a millisecond
 _TYPES: Final = (
     (torch.float64, "double"),
     (torch.float32, "float"),
-    (torch.float16, "_Float16"),
+    (torch.float16, "half"),
     (torch.bfloat16, "bf16"),
 )
 _FLAGS: Final = (
@@ -37,6 +37,7 @@ _FLAGS: Final = (
     "-march=native",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-trapping-math",
     "-fopenmp",
     "-shared",
     "-fPIC",
@@ -46,27 +47,52 @@ _SOURCE: Final = r"""
 #include <cstdint>
 #include <cstring>
 
+static inline uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+static inline float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+// Both round to nearest even, without branches.
 struct bf16 {
   uint16_t bits;
   bf16() = default;
   explicit bf16(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    uint32_t even = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
-    bits = (u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : even;
+    uint32_t u = bits_of(x), even = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+    bits = uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : even);
+  }
+  explicit operator float() const { return float_of(uint32_t(bits) << 16); }
+};
+struct half {
+  uint16_t bits;
+  half() = default;
+  explicit half(float x) {
+    uint32_t u = bits_of(x), size = u & 0x7FFFFFFF;
+    uint32_t normal = (size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13;
+    uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3F000000;
+    uint32_t r = size < 0x38800000 ? small : normal;
+    r = size >= 0x47800000 ? 0x7C00 : r;
+    r = size > 0x7F800000 ? 0x7E00 : r;
+    bits = uint16_t(r | ((u >> 16) & 0x8000));
   }
   explicit operator float() const {
-    uint32_t u = uint32_t(bits) << 16;
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
+    uint32_t size = bits & 0x7FFF;
+    uint32_t u = bits_of(float_of(size << 13) * 0x1p112f);
+    u |= size >= 0x7C00 ? 0x7F800000 : 0;
+    return float_of(u | uint32_t(bits & 0x8000) << 16);
   }
 };
-template <typename T> T narrow(double x) { return T(float(x)); }
-template <> double narrow<double>(double x) { return x; }
-template <typename T> T narrow(float x) { return T(x); }
-template <typename T> W widen(T x) { return W(x); }
-template <> W widen<bf16>(bf16 x) { return W(float(x)); }
+// Through float, as torch narrows float64.
+template <typename T> static inline T narrow(double x) { return T(float(x)); }
+template <> inline double narrow<double>(double x) { return x; }
+static inline W widen(double x) { return W(x); }
+static inline W widen(float x) { return W(x); }
+static inline W widen(bf16 x) { return W(float(x)); }
+static inline W widen(half x) { return W(float(x)); }
 
 // One run of elements; the arrays of a donated update are the same in and out.
 static void update(const P* p, const G* g, const W* m, const W* n, P* p_out, W* m_out,
