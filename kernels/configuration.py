@@ -40,8 +40,8 @@ class Configuration:
       name: ``"<function>/<kernel>/<dtype>/<size>"``, unique.
       kernel: The ``@triton.jit`` function.
       signature: For each parameter that is no constant Triton's type: ``"*bf16"``,
-        ``"i32"``, ``"fp32"``. Pointers count as aligned to 16 bytes, and the integers
-        in ``divisible`` as multiples of 16.
+        ``"i32"``, ``"fp32"``, a tuple of these for a tuple. Pointers count as aligned
+        to 16 bytes, and the integers in ``divisible`` as multiples of 16.
       constants: The values of the ``tl.constexpr`` parameters (and of pointers that are
         None).
       num_warps: Warps of a program.
@@ -54,7 +54,7 @@ class Configuration:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 2

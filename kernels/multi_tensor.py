@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configuration import Configuration
+
 BLOCK: Final = 1024  # elements at a time, by 4 warps
 NUM_WARPS: Final = 4
 _MOST_BLOCKS: Final = 64  # in a chunk
@@ -252,3 +254,20 @@ def narrowed(x, TYPE: tl.constexpr, EMULATE: tl.constexpr):
     if TYPE.primitive_bitwidth == 16:
         return x.to(tl.float32).to(TYPE)  # from float64 in two steps, as torch
     return x.to(TYPE)
+
+
+CONFIGURATIONS: Final = (
+    Configuration(
+        "multi_tensor/fill",
+        _fill_kernel,
+        {
+            "data_ptr": "*i64",
+            "at": "i32",
+            "low": ("i64",) * _FILLED,
+            "high": ("i64",) * _FILLED,
+        },
+        {},
+        num_warps=1,
+        narrow=_FILLED,
+    ),
+)

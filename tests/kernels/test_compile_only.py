@@ -197,8 +197,13 @@ def kernels_and_helpers():
 
 def test_every_kernel_that_is_launched_ships_a_configuration():
     kernels, used = kernels_and_helpers()
-    functions = [one.kernel.fn for one in compile_only.shipped()]
-    shipped = {(fn.__module__, fn.__name__) for fn in functions}
+    compiled = [
+        part.fn
+        for one in compile_only.shipped()
+        for part in (one.kernel, *one.constants.values())
+        if hasattr(part, "fn")  # functions are constants of kernels that call them
+    ]
+    shipped = {(fn.__module__, fn.__name__) for fn in compiled}
     launched = {(module, name) for module, name in kernels if name not in used}
     assert ("zfunc.kernels.swiglu", "_forward_kernel") in launched
     assert not launched - shipped, f"not compiled: {sorted(launched - shipped)}"
