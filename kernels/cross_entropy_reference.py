@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .library import (
     batched_first,
+    check_columns,
     check_floating,
+    check_number,
     check_shape,
     compute_dtype,
     define,
@@ -42,11 +44,11 @@ def cross_entropy_reference(
     x = capped(logits.to(compute_dtype(logits.dtype)), softcap)
     x = x.masked_fill(~live[..., None], 0.0)
     label = torch.where(live & known, targets, 0).long()[..., None]
-    L = x.logsumexp(-1)
-    losses = L - (1.0 - label_smoothing) * x.gather(-1, label)[..., 0]
+    logp = x.log_softmax(-1)
+    losses = (label_smoothing - 1.0) * logp.gather(-1, label)[..., 0]
     if label_smoothing:
-        losses = losses - label_smoothing * x.mean(-1)
-    losses = losses + z_loss * L.square() if z_loss else losses
+        losses = losses - label_smoothing * logp.mean(-1)
+    losses = losses + z_loss * x.logsumexp(-1).square() if z_loss else losses
     return losses.masked_fill(~known, math.nan).masked_fill(~live, 0.0)
 
 
@@ -148,8 +150,14 @@ def checked_options(
     """The options as an operator takes them.
 
     Raises:
+      TypeError: One that is no number.
       ValueError: One that is out of range.
     """
+    check_number(name, "label_smoothing", label_smoothing)
+    check_number(name, "z_loss", z_loss)
+    check_number(name, "ignore_index", ignore_index)
+    if softcap is not None:
+        check_number(name, "softcap", softcap)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(
             f"{name}: label_smoothing is {label_smoothing}, expected a number in [0, 1]"
@@ -195,4 +203,5 @@ def check_rows(name: str, logits: Tensor, targets: Tensor) -> None:
             f"{name}: logits has shape {tuple(logits.shape)}, expected [..., V] with "
             "V >= 1"
         )
+    check_columns(name, "logits", logits)
     check_shape(name, "targets", targets, tuple(logits.shape[:-1]))

@@ -220,3 +220,29 @@ def check_shape(name: str, argument: str, x: Tensor, shape: tuple[int, ...]) -> 
         raise ValueError(
             f"{name}: {argument} has shape {tuple(x.shape)}, expected {tuple(shape)}"
         )
+
+
+def check_number(name: str, argument: str, value: object) -> None:
+    """Raise unless an option is a number of Python's, which no device is asked for.
+
+    Raises:
+      TypeError: It is something else, a tensor for example.
+    """
+    if not isinstance(value, int | float):
+        raise TypeError(
+            f"{name}: {argument} is {type(value).__name__}, expected a number; use "
+            f"float({argument}), which waits for a device"
+        )
+
+
+def check_columns(name: str, argument: str, x: Tensor) -> None:
+    """Raise unless the columns of a row can be counted in 32 bits.
+
+    Raises:
+      ValueError: There are more. (Of rows there may be any number.)
+    """
+    if x.shape[-1] >= 2**31 - 2**16:
+        raise ValueError(
+            f"{name}: {argument} has {x.shape[-1]} columns, expected fewer than 2^31; "
+            "split the last dim"
+        )

@@ -23,7 +23,9 @@ from .configuration import Configuration, pointer
 from .library import (
     Kernel,
     batched_first,
+    check_columns,
     check_floating,
+    check_number,
     compute_dtype,
     define,
     pullback,
@@ -45,7 +47,7 @@ TILE: Final = 2048
 def softmax_reference(
     x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """``softmax(scale * x + mask)`` in float32 at least; rows without a column are 0.
+    """``softmax(scale * x + mask)`` in float32 at least; fully masked rows are 0.
 
     Args:
       x: At least one dim.
@@ -53,6 +55,8 @@ def softmax_reference(
       mask: Boolean (True takes part) or additive, broadcastable to ``x``.
       causal: Row i of [T, S] sees the columns up to ``i + S - T``.
     """
+    if mask is None and not causal and scale == 1.0:
+        return torch.softmax(x, -1)
     scores = x.to(compute_dtype(x.dtype)) * scale
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -62,8 +66,8 @@ def softmax_reference(
         T, S = x.shape[-2:]
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         scores = scores.masked_fill(~seen, -math.inf)
-    if x.shape[-1] == 0:
-        return scores.to(x.dtype)
+    if (mask is None and not causal) or x.numel() == 0:
+        return torch.softmax(scores, -1).to(x.dtype)
     nothing = scores.detach().amax(-1, keepdim=True) == -math.inf
     y = torch.softmax(scores.masked_fill(nothing, 0.0), -1)
     return y.masked_fill(nothing, 0.0).to(x.dtype)
@@ -214,7 +218,7 @@ def softmax(
 ) -> Tensor:
     r"""Softmax of ``scale * x + mask`` over the last dim.
 
-    A row in which nothing is visible is zero, and so is its gradient.
+    A row of which a mask or causality leaves nothing is zero, and so is its gradient.
 
     Args:
       x: At least one dim, floating; computed in float32 (float64 for float64).
@@ -249,11 +253,14 @@ def softmax(
       <https://arxiv.org/abs/1805.02867>`_, 2018 (rows beyond ``ONE_PASS``).
 
     Differs from:
-      ``torch.softmax``: a row of nothing but -inf is zero there NaN.
+      ``torch.softmax``, where a row that a mask of -inf covers is NaN. (A row of -inf
+      without a mask is NaN here too.)
     """
     check_floating("softmax", x=x)
     if x.ndim == 0:
         raise ValueError("softmax: x has no dim, expected at least one; use x[None]")
+    check_number("softmax", "scale", scale)
+    check_columns("softmax", "x", x)
     if causal and x.ndim == 1:
         raise ValueError(
             f"softmax: causal=True and x of shape {tuple(x.shape)}, expected at least "

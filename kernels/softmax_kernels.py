@@ -58,6 +58,16 @@ def _finite(top):
 
 
 @triton.jit
+def _divisor(total, MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    # A row of -inf is 0 where it is masked, and NaN, as in torch, where it is not.
+    if MASK != "none" or CAUSAL:
+        total = tl.where(total == 0.0, 1.0, total)
+    else:
+        total = tl.where(total == 0.0, float("nan"), total)
+    return total
+
+
+@triton.jit
 def forward_kernel(
     x_ptr,
     mask_ptr,
@@ -92,7 +102,8 @@ def forward_kernel(
     x = _scores(x_ptr + at, mask_at, load, keep, scale, SCALE, MASK, WIDE)
     x = tl.exp(x - _finite(tl.max(x, 1))[:, None])
     total = tl.sum(x, 1)
-    y = x / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = _divisor(total, MASK, CAUSAL)
+    y = x / total[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), here & (column < cols))
 
 
@@ -143,7 +154,7 @@ def loop_forward_kernel(
         total += tl.sum(tl.exp(x - _finite(higher)), 0)
         top = higher
         start += BLOCK
-    total = tl.where(total == 0.0, 1.0, total)
+    total = _divisor(total, MASK, CAUSAL)
     start = (cols - 1) // BLOCK * BLOCK
     while start >= 0:
         column = start + tl.arange(0, BLOCK)

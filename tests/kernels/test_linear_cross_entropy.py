@@ -71,17 +71,14 @@ def test_any_workspace(shape, dtype, options, workspace, weighted):
 @pytest.mark.parametrize("kernel", FORMS)
 def test_every_transformation(kernel):
     args = torch.randn(5, 3), torch.randn(6, 3), torch.rand(5)
-    for options in ({}, SOME):
-        under_transforms(
-            lambda h, w, r, options=options: linear(
-                h, w, row_weights=r, kernel=kernel, workspace_bytes=1, **options
-            ),
-            lambda h, w, r, options=options: linear(
-                h, w, row_weights=r, kernel="reference", **options
-            ),
-            args,
-            2e-6,
-        )
+    under_transforms(
+        lambda h, w, r: linear(
+            h, w, row_weights=r, kernel=kernel, workspace_bytes=60, **SOME
+        ),
+        lambda h, w, r: linear(h, w, row_weights=r, kernel="reference", **SOME),
+        args,
+        2e-6,
+    )
 
 
 def test_a_chunk_has_whole_tiles_and_at_least_a_row():

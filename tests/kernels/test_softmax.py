@@ -18,6 +18,8 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfl
 # The products and the exponential, a sum by halving of the row, and a division.
 SINGLE = 16 * EPS[torch.float32]
 
+HUGE = torch.empty(1, 2**31, dtype=torch.bfloat16, device="meta")
+
 
 def triton(x, **options):
     return module.softmax(x, kernel="triton", **options)
@@ -34,7 +36,9 @@ def exact(x, scale=1.0, mask=None, causal=False):
         T, S = x.shape[-2:]
         late = torch.arange(S) > torch.arange(T)[:, None] + S - T
         scores = torch.where(late, -math.inf, scores)
-    return torch.nan_to_num(torch.softmax(scores, -1), nan=0.0)
+    covered = scores.amax(-1, keepdim=True) == -math.inf if scores.numel() else None
+    y = torch.softmax(scores, -1)
+    return y if covered is None else torch.where(covered, 0.0, y)
 
 
 def random_mask(kind, shape, drop):
@@ -105,6 +109,8 @@ def test_a_row_without_columns_is_zero_and_so_is_its_gradient(kernel):
     (x_grad,) = pull(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     assert x_grad[0].any()
     assert not x_grad[1:].any()
+    # Without a mask it is as in torch.
+    assert f(x)[2].isnan().all()
     # Three rows and two columns: the first row sees nothing.
     assert not f(torch.randn(3, 2), causal=True)[0].any()
 
@@ -185,6 +191,8 @@ def test_a_second_derivative_is_an_error():
         (lambda x: module.softmax(x[0, 0]), ValueError, r"no dim.*x\[None\]"),
         (lambda x: module.softmax(x[0], causal=True), ValueError, r"\(4,\).*\[T, S\]"),
         (lambda x: module.softmax(x, mask=1.0), TypeError, "mask is float"),
+        (lambda x: module.softmax(x, scale=x[0, 0]), TypeError, "scale is Tensor"),
+        (lambda x: module.softmax(HUGE), ValueError, "x has 2147483648 columns"),
         (lambda x: module.softmax(x, mask=x.int()), TypeError, "mask is torch.int32"),
         (lambda x: module.softmax(x, mask=x[:, :3]), ValueError, r"\(3, 3\).*\(3, 4\)"),
         (lambda x: module.softmax(x, mask=x[None]), ValueError, "broadcasts to"),
