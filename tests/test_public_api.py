@@ -190,7 +190,8 @@ SIGNATURES = {
     "weight_decay=0.0, warmup_steps=0, mask=None)",
     "optim.ema": "(decay=0.999)",
     "optim.lamb": "(learning_rate, b1=0.9, b2=0.999, eps=1e-08, weight_decay=0.0, "
-    "mask=None, *, bias_correction=True, max_coeff=10.0, min_coeff=0.01)",
+    "mask=None, *, bias_correction=True, max_coeff=10.0, min_coeff=0.01, "
+    "kernels='auto')",
     "optim.scale_by_trust_ratio": "(max_coeff=10.0, min_coeff=0.01)",
     "optim.muon": "(learning_rate=0.02, momentum=0.95, weight_decay=0.0, *, "
     "nesterov=True, num_steps=5, scale='original', dtype=None, "

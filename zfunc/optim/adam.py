@@ -44,6 +44,7 @@ def adam(
       ``torch.optim.Adam`` to rounding, at every step.
 
     Examples:
+      >>> import torch
       >>> from zfunc.optim import apply_updates
       >>> tx, p = adam(0.1), torch.ones(2)
       >>> updates, moments = tx.update(torch.tensor([5.0, -5.0]), tx.init(p), p)

@@ -23,6 +23,8 @@ from zfunc.optim.base import (
 )
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import Mask, add_decayed_weights
+from zfunc.optim.fused import Kernels
+from zfunc.optim.one_pass_lamb import two_passes
 from zfunc.optim.scale_by_adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 from zfunc.optim.whole import placed_leaves, square_sum, sum_over_ranks
@@ -117,6 +119,7 @@ def lamb(
     bias_correction: bool = True,
     max_coeff: float = 10.0,
     min_coeff: float = 0.01,
+    kernels: Kernels = "auto",
 ) -> GradientTransformation:
     r"""LAMB: :math:`p_{t+1} = p_t - \eta_t \phi (\mathrm{adam}_t(g_t) + \lambda p_t)`.
 
@@ -133,6 +136,9 @@ def lamb(
       bias_correction: Whether Adam's two means are corrected for their start at 0.
       max_coeff: The largest trust ratio, above 0.
       min_coeff: The smallest, at least 0 and at most ``max_coeff``.
+      kernels: "auto" runs the step as two passes of Triton kernels where the parameters
+        are on a CUDA device, "triton" insists on it, "reference" never does; the same
+        up to roundings of the norms.
 
     Returns:
       The optimizer: ``chain(scale_by_adam, add_decayed_weights,
@@ -170,12 +176,25 @@ def lamb(
     adam = scale_by_adam(b1, b2, eps)
     if not bias_correction:
         adam = adam._replace(update=_uncorrected(b1, float(b2), float(eps)))
-    return chain(
+    parts = chain(
         adam,
         add_decayed_weights(weight_decay, mask),
         scale_by_trust_ratio(max_coeff, min_coeff),
         scale_by_learning_rate(learning_rate),
     )
+    fused = two_passes(
+        *(
+            learning_rate,
+            (float(b1), float(b2)),
+            float(eps),
+            weight_decay,
+            mask,
+            bias_correction,
+        ),
+        *((max_coeff, min_coeff), kernels),
+    )
+    # Not in halves: what a donated step computes is what a pure one does.
+    return parts._replace(fused=fused, halves=())
 
 
 def _uncorrected(b1: float, b2: float, eps: float) -> UpdateFn:

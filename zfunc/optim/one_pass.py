@@ -78,7 +78,7 @@ def one_pass(
             "learning_rate": value_at(
                 "the learning-rate schedule", schedule, rate.count
             ),
-            "weight_decay": _decays(weight_decay, mask, params),
+            "weight_decay": decays(weight_decay, mask, params),
             "coefficient": factor,
             "finite": finite,
             "kernel": "triton",
@@ -162,8 +162,19 @@ def _like(tree: PyTree, leaves: list[Tensor]) -> PyTree:
     return tree_unflatten(tree_structure(tree), leaves)
 
 
-def _decays(decay: float, mask: Mask | None, params: PyTree) -> float | list[float]:
-    """The decay of each leaf, or one number for all of them."""
+def decays(decay: float, mask: Mask | None, params: PyTree) -> float | list[float]:
+    """The decay of each leaf, or one number for all of them.
+
+    Args:
+      decay: The decay of those that the mask picks.
+      mask: Which these are; None is all.
+      params: The parameters.
+
+    Examples:
+      >>> from zfunc.optim.decay import decay_matrices
+      >>> decays(0.1, decay_matrices, [torch.ones(2), torch.ones(2, 2)])
+      [0.0, 0.1]
+    """
     if mask is None or decay == 0:
         return float(decay)
     return [float(decay) if pick else 0.0 for pick in tree_leaves(picked(mask, params))]

@@ -46,6 +46,7 @@ def sgd(
       ``torch.optim.SGD`` to rounding, at every step.
 
     Examples:
+      >>> import torch
       >>> from zfunc.optim import apply_updates
       >>> tx, p = sgd(0.1, momentum=0.9), torch.ones(1)
       >>> updates, moments = tx.update(torch.ones(1), tx.init(p), p)
