@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from zfunc.core.tree import tree_leaves
@@ -141,6 +142,7 @@ def functions(layer: Layer) -> dict[str, Callable[..., Any] | str]:
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any] | str:
     if not torch.cuda.is_available():
         return "torch.compile is measured on GPUs"
+    torch._dynamo.reset()  # every case is a shape anew, and only 8 are kept
     return torch.compile(fn, dynamic=False)
 
 
@@ -185,7 +187,9 @@ def backward(
 
     def one(fn: Callable[..., Any], args: tuple[Any, ...]) -> Way:
         args = leaves(args)
-        outs = tree_leaves(fn(*args))
+        # A compiled backward that gives its buffers away could run only once.
+        with torch._functorch.config.patch(donated_buffer=False):
+            outs = tree_leaves(fn(*args))
         wanted = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
 
         def pull(*seeds: Tensor) -> tuple[Tensor, ...]:

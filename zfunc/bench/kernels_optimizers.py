@@ -189,6 +189,7 @@ def compiled(run: Callable[..., None], x: Lists) -> Way | str:
     """
     if not x.params[0].is_cuda:
         return "torch.compile is measured on GPUs"
+    torch._dynamo.reset()
     return Way(torch.compile(run), x)
 
 
