@@ -299,7 +299,7 @@ def adamw(
         check_factor("adamw", name, value)
         if not isinstance(value, Tensor) and value == 0:
             raise ValueError(
-                f"adamw: {name} is 0, expected 1 - {name[0]}**t with t >= 1 updates"
+                f"adamw: {name} is 0, expected 1 - b{name[-1]}**t after t >= 1 updates"
             )
     check_factor("adamw", "b1", b1, high=1.0)
     check_factor("adamw", "b2", b2, high=1.0, number=True)
@@ -341,6 +341,8 @@ def _copy_dtype(params: Any, copies: Any, dtype: Any) -> Any:
             "params; leave it out, or pass those of the last update"
         )
     for i, (x, p) in enumerate(zip(copies, params, strict=False)):
+        if x is None:
+            raise TypeError(f"adamw: copies[{i}] is None, expected a tensor")
         check_floating("adamw", **{f"copies[{i}]": x})
         check_shape("adamw", f"copies[{i}]", x, tuple(p.shape))
         dtype = x.dtype if dtype is None else dtype

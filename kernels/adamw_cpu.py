@@ -145,6 +145,11 @@ extern "C" void adamw(const int64_t* table, int64_t tensors, int64_t chunks,
 """
 
 
+def compiler() -> str | None:
+    """The C++ compiler of the system, if there is one."""
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
 @functools.cache
 def library(defines: tuple[str, ...]) -> Any:
     """The compiled function for these macros, or None where it cannot be had.
@@ -152,15 +157,14 @@ def library(defines: tuple[str, ...]) -> Any:
     Args:
       defines: ``"P=float"``: the types of parameters, gradients, arithmetic and copies.
     """
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if (found := compiler()) is None:
         logger.info("no C++ compiler was found; AdamW on the CPU computes by torch")
         return None
     with tempfile.TemporaryDirectory(prefix="zfunc-") as folder:
         source, target = Path(folder, "adamw.cpp"), Path(folder, "adamw.so")
         source.write_text(_SOURCE)
         macros = [f"-D{x}" for x in defines]
-        command = [compiler, *_FLAGS, *macros, str(source), "-o", str(target)]
+        command = [found, *_FLAGS, *macros, str(source), "-o", str(target)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             function = ctypes.CDLL(str(target)).adamw
