@@ -95,6 +95,14 @@ def test_a_chunk_has_whole_tiles_and_at_least_a_row():
     close(small[0][1], weight_grad, 300 * EPS[torch.float32])
 
 
+def test_chunks_add_up_in_float32():
+    # Each row gives the first class -1/2; a bfloat16 sum of them would stop at -128.
+    hidden, weight = torch.ones(600, 1).bfloat16(), torch.zeros(2, 1).bfloat16()
+    targets = torch.zeros(600).long()
+    grad = torch.func.grad(linear, 1)(hidden, weight, targets, workspace_bytes=1)
+    assert grad.flatten().tolist() == [-300, 300]
+
+
 def test_mapped_over_labels():
     hidden, weight, targets = (
         torch.randn(4, 3),
