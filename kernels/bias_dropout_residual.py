@@ -65,7 +65,9 @@ def bias_dropout_residual_reference(
     hidden = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     if key is not None and rate > 0.0:
         kept = keep_mask(key, x.shape[key.dim() :], rate)
-        hidden = torch.where(kept, hidden / (1.0 - rate), hidden.new_zeros(()))
+        # By a tensor: on CUDA torch multiplies by the reciprocal of a number.
+        share = hidden.new_full((), 1.0 - rate)
+        hidden = torch.where(kept, hidden / share, hidden.new_zeros(()))
     return (residual.to(dtype) + hidden).to(x.dtype)
 
 
@@ -76,11 +78,13 @@ def divided(a, b):
 
 
 @triton.jit
-def _dropped(hidden, group, row, col, shape, dropout, KEYS: tl.constexpr):
+def _dropped(
+    hidden, group, row, col, shape, dropout, KEYS: tl.constexpr, INDEX: tl.constexpr
+):
     """Dropout of a tile; KEYS says how the keys of a group lie over its elements.
 
     The share that is kept comes as the bits of a float64: arguments that are floats
-    are float32.
+    are float32. INDEX is int32 where that counts the rows: division is slow in int64.
     """
     rows, columns = shape
     keys_ptr, num_keys, threshold, kept_bits = dropout
@@ -91,8 +95,9 @@ def _dropped(hidden, group, row, col, shape, dropout, KEYS: tl.constexpr):
         key = tl.load(keys_ptr)
     elif KEYS == "rows":
         each = rows // num_keys
-        key = tl.load(keys_ptr + row // each, row < rows, 0)[:, None]
-        counter = (row % each)[:, None] * columns + col[None, :]
+        of = (row.to(INDEX) // each).to(tl.int64)
+        key = tl.load(keys_ptr + of, row < rows, 0)[:, None]
+        counter -= (of * each)[:, None] * columns
     else:
         key = tl.load(keys_ptr + counter, inside, 0)
         counter = counter * 0
@@ -115,11 +120,12 @@ def _forward_kernel(
     threshold,
     kept_bits,
     KEYS: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    group, begin, end, col = place(rows, columns, span, COLS)
+    group, _, begin, end, col = place(rows, columns, span, COLS)
     row = begin + tl.arange(0, ROWS)
     inside = (row < end)[:, None] & (col < columns)[None, :]
     at = (group * rows + row)[:, None] * columns + col[None, :]
@@ -130,7 +136,9 @@ def _forward_kernel(
         hidden += bias.to(WIDE)[None, :]
     if KEYS != "none":
         dropout = keys_ptr, num_keys, threshold, kept_bits
-        hidden = _dropped(hidden, group, row, col, (rows, columns), dropout, KEYS)
+        hidden = _dropped(
+            hidden, group, row, col, (rows, columns), dropout, KEYS, INDEX
+        )
     out = residual + hidden
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
 
@@ -148,12 +156,12 @@ def _backward_kernel(
     threshold,
     kept_bits,
     KEYS: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    group, begin, end, col = place(rows, columns, span, COLS)
-    part = group * tl.cdiv(rows, span) + begin // span
+    group, part, begin, end, col = place(rows, columns, span, COLS)
     dropout = keys_ptr, num_keys, threshold, kept_bits
     total = tl.zeros([ROWS, COLS], WIDE)
     while begin < end:
@@ -161,7 +169,7 @@ def _backward_kernel(
         inside = (row < end)[:, None] & (col < columns)[None, :]
         at = (group * rows + row)[:, None] * columns + col[None, :]
         grad = tl.load(grad_ptr + at, inside, 0.0).to(WIDE)
-        x_grad = _dropped(grad, group, row, col, (rows, columns), dropout, KEYS)
+        x_grad = _dropped(grad, group, row, col, (rows, columns), dropout, KEYS, INDEX)
         tl.store(x_grad_ptr + at, x_grad.to(x_grad_ptr.dtype.element_ty), inside)
         if partial_ptr is not None:
             total += x_grad
@@ -184,6 +192,7 @@ def _dropout(x: Tensor, keys: Tensor | None, rate: float) -> dict[str, Any]:
         "threshold": threshold(rate),
         "kept_bits": struct.unpack("q", struct.pack("d", 1.0 - rate))[0],
         "KEYS": how,
+        "INDEX": tl.int32 if x.shape[1] < 2**31 else tl.int64,
     }
 
 
@@ -372,7 +381,7 @@ CONFIGURATIONS: Final = tuple(
         f"{NAME}/{kind}/{keys}",
         kernel,
         pointers,
-        {"KEYS": keys},
+        {"KEYS": keys, "INDEX": tl.int32},
         narrow,
         dict.fromkeys(sums, "*fp32")
         | {"keys_ptr": "*i64", "kept_bits": "i64"}

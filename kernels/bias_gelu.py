@@ -73,7 +73,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    group, begin, end, col = place(rows, columns, span, COLS)
+    group, _, begin, end, col = place(rows, columns, span, COLS)
     bias = tl.load(bias_ptr + group * columns + col, col < columns, 0.0).to(WIDE)
     row = begin + tl.arange(0, ROWS)
     inside = (row < end)[:, None] & (col < columns)[None, :]
@@ -98,8 +98,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    group, begin, end, col = place(rows, columns, span, COLS)
-    part = group * tl.cdiv(rows, span) + begin // span
+    group, part, begin, end, col = place(rows, columns, span, COLS)
     bias = tl.load(bias_ptr + group * columns + col, col < columns, 0.0).to(WIDE)
     total = tl.zeros([ROWS, COLS], WIDE)
     while begin < end:

@@ -96,17 +96,17 @@ def launch(
 
 @triton.jit
 def place(rows, columns, span, COLS: tl.constexpr):
-    """Of this program its group, its first row, where its rows end, and its columns.
+    """Of this program: group, number of its span, where its rows begin, end, columns.
 
-    Programs go through columns first, then through spans of rows, then through groups.
+    Programs go through columns first, then through the spans of all groups.
     """
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(columns, COLS)
     down = tl.cdiv(rows, span)
     col = program % across * COLS + tl.arange(0, COLS)
-    program = program // across
-    begin = program % down * span
-    return program // down, begin, tl.minimum(begin + span, rows), col
+    part = program // across
+    begin = part % down * span
+    return part // down, part, begin, tl.minimum(begin + span, rows), col
 
 
 @triton.jit
@@ -140,13 +140,11 @@ def finish(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over parts, rounded to a dtype.
 
     Args:
-      partial: [groups, parts, columns] in float32 or float64.
+      partial: [groups, parts, columns] in float32 or float64, with an element.
       dtype: Of the result, [groups, columns].
     """
     groups, parts, columns = partial.shape
     out = partial.new_empty((groups, columns), dtype=dtype)
-    if out.numel() == 0:
-        return out
     with torch.cuda.device_of(partial):
         _finish_kernel[(groups * triton.cdiv(columns, FINISH_COLUMNS),)](
             partial,

@@ -35,9 +35,9 @@ def exactly(x, bias, form):
 
 
 @FORMS
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(SHAPES, DTYPES, LAYOUTS, LAYOUTS)
-@example((2100, 2), torch.float32, "contiguous", "contiguous")  # several parts
+@example((600, 2), torch.float32, "contiguous", "contiguous")  # several parts
 def test_the_kernel_is_the_formula(form, shape, dtype, first, second):
     torch.manual_seed(0)
     x, grad = (laid(normal(shape, dtype), layout) for layout in (first, second))
@@ -92,7 +92,7 @@ def test_a_wrong_backward_shows():
 
 
 def test_equal_inputs_give_equal_bits():
-    args = torch.randn(300, 20), torch.randn(20)
+    args = torch.randn(70, 20), torch.randn(20)
     first, second = (torch.func.vjp(triton, *args) for _ in range(2))
     same([first[0], *first[1](args[0])], [second[0], *second[1](args[0])])
 
