@@ -43,22 +43,25 @@ _FAILED: Final = 3
 
 
 class Limits(NamedTuple):
-    """The shared memory of an architecture.
+    """What an architecture has, and what the gate lets pass there.
 
     Attributes:
-      shared_bytes: Of a multiprocessor.
-      program_bytes: The most that one program can have.
+      shared_bytes: Shared memory of a multiprocessor.
+      program_bytes: The most of it that one program can have.
+      stack_bytes: Stack of a thread. Shapes are chosen for sm_90, where there is none;
+        elsewhere ptxas may trade two registers or four for one more program.
     """
 
     shared_bytes: int
     program_bytes: int
+    stack_bytes: int
 
 
 ARCHITECTURES: Final = MappingProxyType(
     {
-        80: Limits(164 * 1024, 163 * 1024),
-        90: Limits(228 * 1024, 227 * 1024),
-        100: Limits(228 * 1024, 227 * 1024),
+        80: Limits(164 * 1024, 163 * 1024, 16),
+        90: Limits(228 * 1024, 227 * 1024, 0),
+        100: Limits(228 * 1024, 227 * 1024, 16),
     }
 )
 
@@ -229,11 +232,14 @@ def violations(configuration: Configuration, resources: Resources) -> list[str]:
       configuration: What was compiled; its ``narrow`` is what it may have.
       resources: What it uses.
     """
-    limit = ARCHITECTURES[resources.architecture].program_bytes
+    _, limit, stack = ARCHITECTURES[resources.architecture]
     narrow = configuration.narrow
     streams = any(str(kind)[0] == "*" for kind in configuration.signature.values())
     checks = (
-        (resources.stack_bytes == 0, f"stack is {resources.stack_bytes} B, expected 0"),
+        (
+            resources.stack_bytes <= stack,
+            f"stack is {resources.stack_bytes} B, expected {stack} at most",
+        ),
         (resources.local_bytes == 0, f"local is {resources.local_bytes} B, expected 0"),
         (
             resources.narrow <= narrow,

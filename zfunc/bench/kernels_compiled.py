@@ -26,12 +26,12 @@ _INTRODUCTION = """\
 Written by `zfunc bench kernels --compile-only --out docs/benchmarks`; Triton {triton}.
 
 Every configuration that ships, as ptxas compiles it: registers of a thread; bytes of
-stack and local memory of a thread (spills), which have to be 0; bytes of shared memory
-of a program; global loads and stores of a thread with 16 bytes or more, and with less
-(scalars, indices, rows of odd width); warps of a program; programs that a
-multiprocessor holds at once, and the fraction of its warps that they are. The formula
-is in `kernels/compile_only.py`, what is allowed in `violations` there. Nothing of this
-is a time.
+stack and local memory of a thread (spills); bytes of shared memory of a program; global
+loads and stores of a thread with 16 bytes or more, and with less (scalars, indices,
+rows of odd width); warps of a program; programs that a multiprocessor holds at once,
+and the fraction of its warps that they are. The formula is in
+`kernels/compile_only.py`, what is allowed in `violations` there. Nothing of this is a
+time.
 """
 
 
