@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import norm_rows
 from .library import Kernel, compute_dtype, define, looped, pullback, runs_triton
+from .norm_configurations import configurations
 from .rms_norm import rms_norm_reference
 
 
@@ -226,4 +227,4 @@ def layer_norm(
     return layer_norm_reference(total, scale, bias, eps), total
 
 
-CONFIGURATIONS: Final = norm_rows.configurations("layer_norm", centred=True)
+CONFIGURATIONS: Final = configurations("layer_norm", centred=True)

@@ -1,36 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kernels of ``norm_kernels`` are launched, for RMSNorm and LayerNorm.
+"""How RMSNorm and LayerNorm launch their kernels.
 
 The forward keeps a row in registers, several rows per program where they are short,
 and reads it twice, in chunks, where it has more than ``FORWARD_COLUMNS`` columns. The
 backward sums the gradients of scale and bias over the rows of a program in registers,
 writes a partial sum per program, and a second kernel adds these up in a fixed order.
-Rows of more than ``BACKWARD_COLUMNS`` are split among programs, which read the two
-means of a row from a kernel before. The number of programs follows from shapes alone,
-so the bits are the same on every device.
+Rows of more than ``BACKWARD_COLUMNS`` are split among programs: two, each of which sums
+up the whole row, or many, which read the two means of a row from a kernel before. The
+number of programs follows from shapes alone, so the bits are the same on every device.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import norm_kernels as kernels
-from .configuration import Configuration, pointer
+from . import norm_backward, norm_forward
 from .library import batched_first, check_floating, check_shape, compute_dtype
 
-# Programs of the backward: two for each of the 132 multiprocessors of an H100.
-PROGRAMS: Final = 264
-# Elements that a program holds where several rows fit.
-TILE: Final = 4096
-# The longest rows that a program holds.
+# The longest rows that a program holds in the forward, and what it reads at once of
+# longer ones.
 FORWARD_COLUMNS: Final = 32768
-BACKWARD_COLUMNS: Final = 8192
-# Columns of a longer row that a program reads at once.
 CHUNK: Final = 8192
+# The same in the backward, and the segments that programs share longer rows by.
+BACKWARD_COLUMNS: Final = 8192
+SEGMENT: Final = 2048
+# Elements that a program holds where several rows fit: forward, backward.
+FORWARD_TILE: Final = 4096
+BACKWARD_TILE: Final = 2048
+# Warps of the backward: 16 on each of the 132 multiprocessors of an H100.
+WARPS: Final = 2112
+# Bytes of a tile that a program of the backward can hold twice.
+AHEAD_BYTES: Final = 16384
 # Columns of a program that adds partial sums up, and how many it reads at once.
 SUM_COLUMNS: Final = 32
 SUM_ROWS: Final = 64
@@ -45,19 +49,47 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(columns: int) -> Tile:
-    """What a program holds of rows of this length.
+def forward_tile(columns: int) -> Tile:
+    """What a program of the forward holds of rows of this length.
 
     Examples:
-      >>> tile(1000)
+      >>> forward_tile(1000)
       Tile(rows=4, columns=1024, num_warps=8)
-      >>> tile(16384)
-      Tile(rows=1, columns=16384, num_warps=16)
+      >>> forward_tile(16384)
+      Tile(rows=1, columns=16384, num_warps=32)
     """
-    block = 1 << (columns - 1).bit_length()
-    if block <= TILE:
-        return Tile(min(TILE // block, 64), block, 8)
-    return Tile(1, block, 32 if block > 16384 else 16)
+    block = _power_of_two(columns)
+    if block <= FORWARD_TILE:
+        return Tile(min(FORWARD_TILE // block, 64), block, 8)
+    return Tile(1, block, 32 if block > 8192 else 16)
+
+
+def backward_tile(columns: int, itemsize: int) -> Tile:
+    """What a program of the backward holds of rows of this length.
+
+    A row of 16-bit elements may be two tiles; longer ones, and float32, which would
+    not fit into registers, are shared out by small segments.
+
+    Examples:
+      >>> backward_tile(1000, 2)
+      Tile(rows=2, columns=1024, num_warps=4)
+      >>> backward_tile(16384, 2)
+      Tile(rows=1, columns=8192, num_warps=16)
+      >>> backward_tile(16384, 4)
+      Tile(rows=1, columns=2048, num_warps=8)
+    """
+    narrow = itemsize == 2
+    if columns > BACKWARD_COLUMNS * (1 + narrow):
+        return Tile(1, SEGMENT, 8)
+    block = min(_power_of_two(columns), BACKWARD_COLUMNS)
+    warps = 4 if narrow else 8
+    if block <= BACKWARD_TILE:
+        return Tile(min(BACKWARD_TILE // block, 64), block, warps)
+    return Tile(1, block, warps * (4 if block > 4096 else 2))
+
+
+def _power_of_two(columns: int) -> int:
+    return 1 << (columns - 1).bit_length()
 
 
 def forward(
@@ -84,12 +116,12 @@ def forward(
     )
     rows, columns, wide = rstd.numel(), x.shape[-1], _wide(rstd)
     if columns > FORWARD_COLUMNS:
-        kernels.forward_chunks[(rows,)](
+        norm_forward.forward_chunks[(rows,)](
             *tensors, columns, eps, wide, CHUNK, num_warps=16, enable_fp_fusion=True
         )
         return results
-    held, block, num_warps = tile(columns)
-    kernels.forward_rows[(-(-rows // held),)](
+    held, block, num_warps = forward_tile(columns)
+    norm_forward.forward_rows[(-(-rows // held),)](
         *tensors,
         rows,
         columns,
@@ -145,9 +177,10 @@ def backward(
         return x_grad, scale_grad.zero_(), bias_grad.zero_()
     count, columns = math.prod(groups), x.shape[-1]
     rows = rstd.numel() // count
-    held, block, _ = tile(min(columns, BACKWARD_COLUMNS))
-    segments = -(-columns // block)
-    programs = min(-(-rows // held), max(1, PROGRAMS // (count * segments)))
+    tile = backward_tile(columns, x.itemsize)
+    segments = -(-columns // tile.columns)
+    most = WARPS // (min(tile.num_warps, 16) * count * segments)
+    programs = min(-(-rows // tile.rows), max(1, most))
     shape = count, programs, columns
     scale_sums = None if scale is None else rstd.new_empty(shape)
     bias_sums = None if bias is None else rstd.new_empty(shape)
@@ -157,9 +190,10 @@ def backward(
         (x.contiguous(), _dense(mean), rstd.contiguous(), _dense(scale)),
         (x_grad, scale_sums, bias_sums),
         (count, rows, columns, programs),
+        tile,
     )
     if scale is not None or bias is not None:
-        kernels.add_up[(count * -(-columns // SUM_COLUMNS),)](
+        norm_backward.add_up[(count * -(-columns // SUM_COLUMNS),)](
             scale_sums,
             bias_sums,
             scale_grad,
@@ -174,44 +208,51 @@ def backward(
     return results
 
 
-def _backward_rows(grads: Any, saved: Any, outs: Any, counts: Any) -> None:
+def _backward_rows(grads: Any, saved: Any, outs: Any, counts: Any, tile: Tile) -> None:
     count, rows, columns, programs = counts
-    held, block, num_warps = tile(columns)
-    kernels.backward_rows[(count * programs,)](
+    norm_backward.backward_rows[(count * programs,)](
         *grads,
         *saved,
         *outs,
         rows,
         columns,
         programs,
+        ahead(tile, grads[0].itemsize),
         _wide(saved[2]),
-        held,
-        block,
-        num_warps=num_warps,
+        tile.rows,
+        tile.columns,
+        num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )
 
 
-def _backward_segments(grads: Any, saved: Any, outs: Any, counts: Any) -> None:
+def ahead(tile: Tile, itemsize: int) -> bool:
+    """Whether a program of the backward has room for the next tile, too."""
+    return tile.rows * tile.columns * itemsize <= AHEAD_BYTES
+
+
+def _backward_segments(
+    grads: Any, saved: Any, outs: Any, counts: Any, tile: Tile
+) -> None:
     count, rows, columns, programs = counts
-    _, block, num_warps = tile(BACKWARD_COLUMNS)
-    segments = -(-columns // block)
+    segments = -(-columns // tile.columns)
     _, mean, rstd, _ = saved
-    wide = _wide(rstd)
-    slope = torch.empty_like(rstd)
-    shift = None if mean is None else torch.empty_like(rstd)
-    kernels.slopes[(count * rows,)](
-        grads[0],
-        *saved,
-        slope,
-        shift,
-        columns,
-        wide,
-        block,
-        num_warps=num_warps,
-        enable_fp_fusion=True,
-    )
-    kernels.backward_segments[(count * programs * segments,)](
+    slope = shift = None
+    if segments > 2:
+        slope = torch.empty_like(rstd)
+        shift = None if mean is None else torch.empty_like(rstd)
+        norm_backward.slopes[(count * rows,)](
+            grads[0],
+            *saved,
+            slope,
+            shift,
+            columns,
+            _wide(rstd),
+            CHUNK,
+            num_warps=16,
+            enable_fp_fusion=True,
+        )
+    norm_backward.backward_segments[(count * programs * segments,)](
         *grads,
         *saved,
         slope,
@@ -221,9 +262,9 @@ def _backward_segments(grads: Any, saved: Any, outs: Any, counts: Any) -> None:
         columns,
         programs,
         segments,
-        wide,
-        block,
-        num_warps=num_warps,
+        _wide(rstd),
+        tile.columns,
+        num_warps=tile.num_warps,
         enable_fp_fusion=True,
     )
 
@@ -296,97 +337,3 @@ def check(
         )
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"{name}: eps is {eps}, expected a number >= 0, such as 1e-6")
-
-
-def configurations(name: str, centred: bool) -> tuple[Configuration, ...]:
-    """What a norm ships as, for each width: forward, backward and the last sum."""
-    return tuple(
-        configuration
-        for dtype in (torch.bfloat16, torch.float32)
-        for columns in (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-        for residual in (False, True)
-        for configuration in _shipped(name, centred, residual, dtype, columns)
-    )
-
-
-def _shipped(
-    name: str, centred: bool, residual: bool, dtype: torch.dtype, columns: int
-) -> Iterator[Configuration]:
-    x, wide = pointer(dtype), {"WIDE": tl.float32}
-    suffix = f"{x[1:]}/{columns}" + "/residual" * residual
-    held, block, num_warps = tile(columns)
-    whole = columns <= FORWARD_COLUMNS
-    yield _configuration(
-        f"{name}/forward/{suffix}",
-        kernels.forward_rows if whole else kernels.forward_chunks,
-        {"x_ptr": x, "y_ptr": x}
-        | dict.fromkeys(("residual_ptr", "total_ptr"), x if residual else None)
-        | dict.fromkeys(("mean_ptr", "bias_ptr"), "*fp32" if centred else None),
-        wide | {"EPS": 1e-6, "ROWS": held, "BLOCK": block if whole else CHUNK},
-        num_warps if whole else 16,
-        narrow=1 + centred,
-    )
-    held, block, num_warps = tile(min(columns, BACKWARD_COLUMNS))
-    constants = wide | {"ROWS": held, "BLOCK": block}
-    pointers = {"grad_ptr": x, "x_ptr": x, "x_grad_ptr": x}
-    pointers |= {"total_grad_ptr": x if residual else None}
-    centres = "mean_ptr", "bias_sums_ptr", "shift_ptr"
-    pointers |= dict.fromkeys(centres, "*fp32" if centred else None)
-    whole = columns <= BACKWARD_COLUMNS
-    yield _configuration(
-        f"{name}/backward/{suffix}",
-        kernels.backward_rows if whole else kernels.backward_segments,
-        pointers,
-        constants,
-        num_warps,
-        narrow=8,
-    )
-    if not whole and not residual:
-        yield _configuration(
-            f"{name}/slopes/{suffix}",
-            kernels.slopes,
-            pointers,
-            constants,
-            num_warps,
-            narrow=4,
-        )
-    if not residual:
-        yield _configuration(
-            f"{name}/sum/{suffix}",
-            kernels.add_up,
-            dict.fromkeys(
-                ("bias_sums_ptr", "bias_grad_ptr"), "*fp32" if centred else None
-            )
-            | {"scale_grad_ptr": "*fp32"},
-            {"ROWS": SUM_ROWS, "BLOCK": SUM_COLUMNS},
-            4,
-            narrow=1 + centred,
-        )
-
-
-def _configuration(
-    name: str,
-    kernel: Any,
-    pointers: Mapping[str, str | None],
-    constants: Mapping[str, Any],
-    num_warps: int,
-    narrow: int = 0,
-) -> Configuration:
-    """With a float32 scale; what is None, and no parameter elsewhere, is left out."""
-    kinds = {
-        argument: pointers.get(
-            argument, "*fp32" if argument.endswith("_ptr") else "i32"
-        )
-        for argument in kernel.arg_names
-        if argument.islower()
-    }
-    return Configuration(
-        name,
-        kernel,
-        {argument: kind for argument, kind in kinds.items() if kind is not None},
-        {argument: None for argument, kind in kinds.items() if kind is None}
-        | {k: v for k, v in constants.items() if k in kernel.arg_names},
-        num_warps,
-        divisible=("columns",),
-        narrow=narrow,
-    )

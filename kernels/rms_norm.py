@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import norm_rows
 from .library import Kernel, compute_dtype, define, looped, pullback, runs_triton
+from .norm_configurations import configurations
 
 
 def rms_norm_reference(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
@@ -210,4 +211,4 @@ def rms_norm(
     return rms_norm_reference(total, scale, eps), total
 
 
-CONFIGURATIONS: Final = norm_rows.configurations("rms_norm", centred=False)
+CONFIGURATIONS: Final = configurations("rms_norm", centred=False)

@@ -28,11 +28,14 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfl
 # Sizes that send rows of a few columns through the kernels for long ones, and several
 # tiles of rows through one program.
 SMALL = {
-    "PROGRAMS": 6,
-    "TILE": 64,
+    "WARPS": 64,
+    "FORWARD_TILE": 64,
     "FORWARD_COLUMNS": 64,
-    "BACKWARD_COLUMNS": 64,
     "CHUNK": 64,
+    "BACKWARD_TILE": 64,
+    "BACKWARD_COLUMNS": 64,
+    "SEGMENT": 32,
+    "AHEAD_BYTES": 256,
     "SUM_ROWS": 2,
 }
 
