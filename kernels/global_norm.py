@@ -388,6 +388,6 @@ CONFIGURATIONS: Final = (
         | {"norm_ptr": "*fp32", "chunks": "i32"},
         {"BLOCK": SUM_BLOCK},
         NUM_WARPS,
-        narrow=20,
+        narrow=18,
     ),
 )

@@ -234,7 +234,8 @@ def lamb_apply(
       RuntimeError: See ``lamb``.
 
     Laws:
-      With equal ratios the bits of ``zfunc.optim.lamb`` and ``apply_updates``.
+      With equal ratios the bits of ``zfunc.optim.lamb`` and ``apply_updates``, where
+      roots are rounded to nearest (see ``square_root``).
 
     Examples:
       >>> p, m, n = ([torch.tensor([x])] for x in (3.0, 2.0, 4.0))

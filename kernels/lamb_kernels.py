@@ -321,7 +321,7 @@ def _moments_configuration(grad: torch.dtype) -> Configuration:
         constants | {"EMULATE": False, "ALIGNED": True},
         NUM_WARPS,
         fp_fusion=False,
-        narrow=90,
+        narrow=69,
     )
 
 

@@ -139,7 +139,7 @@ def _configuration(name: str, columns: int, width: int, last: bool) -> Configura
         pointers | dict.fromkeys(("count", "chunks", "all_chunks"), "i32"),
         constants,
         NUM_WARPS,
-        narrow=40,
+        narrow=21,
     )
 
 

@@ -316,7 +316,8 @@ def update_configurations(
                 constants,
                 NUM_WARPS,
                 fp_fusion=False,
-                narrow=80,
+                # The last block of a chunk, and a few numbers, by the element.
+                narrow=9 * len(constants["TYPES"]) + numbers + 5 + 2 * ratios,
             )
         )
     return tuple(found)
