@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from . import norm_rows
-from .library import Kernel, compute_dtype, define, looped, pullback, runs_triton
+from .library import (
+    Kernel,
+    applied,
+    compute_dtype,
+    define,
+    looped,
+    pullback,
+    runs_triton,
+)
 from .norm_configurations import configurations
 from .rms_norm import rms_norm_reference
 
@@ -88,7 +96,7 @@ def _backward_like(
     bias: Tensor | None,
     groups: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return norm_rows.backward_like(x, scale, bias, groups)
+    return norm_rows.backward_like(x, scale, bias, groups, True)
 
 
 forward_op: Final = define(
@@ -150,6 +158,9 @@ class _LayerNorm(torch.autograd.Function):
             None if bias is None else bias_grad,
             None,
         )
+
+
+_applied: Final = applied(_LayerNorm)
 
 
 @overload
@@ -219,7 +230,7 @@ def layer_norm(
     """
     norm_rows.check("layer_norm", x, residual, scale, bias, eps)
     if runs_triton("layer_norm", kernel, x, residual, scale, bias):
-        y, total, _, _ = _LayerNorm.apply(x, residual, scale, bias, float(eps))
+        y, total, _, _ = _applied(x, residual, scale, bias, float(eps))
         return y if residual is None else (y, total)
     if residual is None:
         return layer_norm_reference(x, scale, bias, eps)

@@ -99,7 +99,7 @@ def forward(
     bias: Tensor | None,
     eps: float,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The results of ``forward_like``, computed."""
     y, total, mean, rstd = results = forward_like(x, residual, centred)
     if y.numel() == 0:
@@ -111,7 +111,7 @@ def forward(
         _dense(bias),
         y,
         None if residual is None else total,
-        mean if centred else None,
+        mean,
         rstd,
     )
     rows, columns, wide = rstd.numel(), x.shape[-1], _wide(rstd)
@@ -145,17 +145,17 @@ def _wide(rstd: Tensor) -> Any:
 
 def forward_like(
     x: Tensor, residual: Tensor | None, centred: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Empty results: y, the sum with a residual, the means and 1 / std of rows.
 
-    A sum or means that nobody asked for have no elements.
+    A sum that nobody asked for has no elements; means are None.
     """
     lead = x.shape[:-1]
     wide = compute_dtype(x.dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty((*lead, 0) if residual is None else x.shape),
-        x.new_empty(lead if centred else (*lead, 0), dtype=wide),
+        x.new_empty(lead, dtype=wide) if centred else None,
         x.new_empty(lead, dtype=wide),
     )
 
@@ -169,12 +169,16 @@ def backward(
     scale: Tensor | None,
     bias: Tensor | None,
     groups: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The results of ``backward_like``, computed; ``bias`` gives a dtype."""
-    results = backward_like(x, scale, bias, groups)
-    x_grad, scale_grad, bias_grad = results
+    centred = mean is not None
+    x_grad, scale_grad, bias_grad = results = backward_like(
+        x, scale, bias, groups, centred
+    )
     if x.numel() == 0:
-        return x_grad, scale_grad.zero_(), bias_grad.zero_()
+        for grad in results[1 : 2 + centred]:
+            grad.zero_()
+        return results
     count, columns = math.prod(groups), x.shape[-1]
     rows = rstd.numel() // count
     tile = backward_tile(columns, x.itemsize)
@@ -270,23 +274,24 @@ def _backward_segments(
 
 
 def backward_like(
-    x: Tensor, scale: Tensor | None, bias: Tensor | None, groups: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    groups: Sequence[int],
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Empty results: the gradients of x, scale and bias, the last two per group.
 
-    Groups are the leading dims of x whose gradients are not added up; what is None has
-    a gradient without elements.
+    Groups are the leading dims of x whose gradients are not added up. A parameter that
+    is None has a gradient without elements, and RMSNorm's bias none.
     """
-    columns = x.shape[-1]
-    return (
-        x.new_empty(x.shape),
-        x.new_empty((*groups, 0))
-        if scale is None
-        else scale.new_empty((*groups, columns)),
-        x.new_empty((*groups, 0))
-        if bias is None
-        else bias.new_empty((*groups, columns)),
-    )
+
+    def like(parameter: Tensor | None) -> Tensor:
+        if parameter is None:
+            return x.new_empty((*groups, 0))
+        return parameter.new_empty((*groups, x.shape[-1]))
+
+    return x.new_empty(x.shape), like(scale), like(bias) if centred else None
 
 
 def rows_first(info: Any, in_dims: Any, tensors: Any) -> list[Any]:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from . import norm_rows
-from .library import Kernel, compute_dtype, define, looped, pullback, runs_triton
+from .library import (
+    Kernel,
+    applied,
+    compute_dtype,
+    define,
+    looped,
+    pullback,
+    runs_triton,
+)
 from .norm_configurations import configurations
 
 
@@ -77,7 +85,7 @@ def _backward_like(
     scale: Tensor | None,
     groups: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    return norm_rows.backward_like(x, scale, None, groups)[:2]
+    return norm_rows.backward_like(x, scale, None, groups, False)[:2]
 
 
 def _backward_mapped(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -138,6 +146,9 @@ class _RMSNorm(torch.autograd.Function):
             None if scale is None else scale_grad,
             None,
         )
+
+
+_applied: Final = applied(_RMSNorm)
 
 
 @overload
@@ -203,7 +214,7 @@ def rms_norm(
     """
     norm_rows.check("rms_norm", x, residual, scale, None, eps)
     if runs_triton("rms_norm", kernel, x, residual, scale):
-        y, total, _ = _RMSNorm.apply(x, residual, scale, float(eps))
+        y, total, _ = _applied(x, residual, scale, float(eps))
         return y if residual is None else (y, total)
     if residual is None:
         return rms_norm_reference(x, scale, eps)
