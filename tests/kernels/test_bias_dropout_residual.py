@@ -88,6 +88,12 @@ def test_the_threshold_is_torchs_comparison(rate, step):
     assert bool(uniform >= rate) == (number >= threshold(rate))
 
 
+def test_a_number_that_is_the_rate_is_kept():
+    key, x = torch.tensor(11), torch.ones(8)
+    rate = random.uniform(key, (8,))[3].item()
+    same([triton(x, None, 0 * x, key, rate)], [random.dropout(key, x, rate)])
+
+
 def mapped(f):
     key = torch.tensor(5)
     return lambda x, bias, residual: f(x, bias, residual, key, 0.4)
