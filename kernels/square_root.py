@@ -18,10 +18,10 @@ _TINY: Final = 2.0**-400  # roots below this are left as torch computes them
 def square_root(x: Tensor) -> Tensor:
     r"""The square root, rounded to nearest.
 
-    In float32 on a CPU it is computed in float64 and rounded: a root of 24 bits lies at
-    least :math:`2^{-51}` of itself away from where rounding changes, more than the error
-    of any float64 root. In float64 it is one step of Newton's method on torch's root,
-    whose square is computed without error.
+    In float32 on a CPU it is computed in float64 and rounded: the root of a number of
+    24 bits is at least :math:`2^{-51}` of itself away from where rounding changes, more
+    than the error of a float64 root. In float64 it is one step of Newton's method on
+    torch's root, whose square is computed without error.
 
     Args:
       x: A float32 or float64 tensor.

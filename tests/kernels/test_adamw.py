@@ -236,6 +236,27 @@ def test_copies_are_donated():
         assert all(x is y for x, y in zip(done.copies, copies, strict=True))
 
 
+@pytest.mark.parametrize("copies", [[], [torch.ones(3).half()]])
+def test_the_operator_in_place_returns_what_is_new(copies):
+    x = [[torch.ones(3)] for _ in range(4)]
+    with mock.patch.object(module, "donated_op", wraps=module.donated_op) as op:
+        adamw(*x, learning_rate=0.1, copies=copies, donate=True, kernel="triton")
+        adamw(*x, learning_rate=0.1, copy_dtype=HALF, donate=True, kernel="triton")
+    for call, new in zip(op.call_args_list, ([], [HALF]), strict=True):
+        assert [y.dtype for y in module.donated_op(*call.args)] == new
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_no_decay_of_what_is_infinite(coupled, kernel):
+    lists = [[torch.tensor([x])] for x in (math.inf, 1.0, 0.0, 0.0)]
+    options = {"coupled": coupled, "weight_decay": 0.0, "learning_rate": 0.1}
+    new = adamw(*lists, **options, kernel=kernel)
+    assert new.params[0].item() == math.inf
+    assert new.mu[0].isfinite()
+
+
 def test_nothing():
     for kernel in ("triton", "reference", "auto"):
         empty = [], [], [], []
