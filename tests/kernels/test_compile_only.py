@@ -108,6 +108,7 @@ def test_each_violation_has_its_sentence(change, said):
         (64, 32, 0, 1),
         (65, 32, 0, 0),
         (16, 1, 0, 32),
+        (40, 2, 0, 24),  # 51 warps, in fours
         # 1 KiB of each program is the system's: 228 / (37 + 1).
         (32, 4, 37 * 1024, 6),
         (32, 4, 227 * 1024, 1),
