@@ -43,25 +43,22 @@ _FAILED: Final = 3
 
 
 class Limits(NamedTuple):
-    """What an architecture has, and what the gate lets pass there.
+    """The shared memory of an architecture.
 
     Attributes:
-      shared_bytes: Shared memory of a multiprocessor.
-      program_bytes: The most of it that one program can have.
-      stack_bytes: Stack of a thread. Shapes are chosen for sm_90, where there is none;
-        elsewhere ptxas may trade two registers or four for one more program.
+      shared_bytes: Of a multiprocessor.
+      program_bytes: The most that one program can have.
     """
 
     shared_bytes: int
     program_bytes: int
-    stack_bytes: int
 
 
 ARCHITECTURES: Final = MappingProxyType(
     {
-        80: Limits(164 * 1024, 163 * 1024, 16),
-        90: Limits(228 * 1024, 227 * 1024, 0),
-        100: Limits(228 * 1024, 227 * 1024, 16),
+        80: Limits(164 * 1024, 163 * 1024),
+        90: Limits(228 * 1024, 227 * 1024),
+        100: Limits(228 * 1024, 227 * 1024),
     }
 )
 
@@ -158,6 +155,7 @@ def compiled(configuration: Configuration, architecture: int) -> Resources:
         "num_warps": configuration.num_warps,
         "num_stages": configuration.num_stages,
         "enable_fp_fusion": configuration.fp_fusion,
+        "maxnreg": configuration.max_registers,
     }
     target = GPUTarget("cuda", architecture, 32)
     binary = triton.compile(_source(configuration), target=target, options=options)
@@ -232,14 +230,11 @@ def violations(configuration: Configuration, resources: Resources) -> list[str]:
       configuration: What was compiled; its ``narrow`` is what it may have.
       resources: What it uses.
     """
-    _, limit, stack = ARCHITECTURES[resources.architecture]
+    limit = ARCHITECTURES[resources.architecture].program_bytes
     narrow = configuration.narrow
     streams = any(str(kind)[0] == "*" for kind in configuration.signature.values())
     checks = (
-        (
-            resources.stack_bytes <= stack,
-            f"stack is {resources.stack_bytes} B, expected {stack} at most",
-        ),
+        (resources.stack_bytes == 0, f"stack is {resources.stack_bytes} B, expected 0"),
         (resources.local_bytes == 0, f"local is {resources.local_bytes} B, expected 0"),
         (
             resources.narrow <= narrow,

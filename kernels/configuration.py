@@ -48,6 +48,8 @@ class Configuration:
       num_stages: Stages of its software pipeline.
       fp_fusion: Whether products and sums may be fused (``enable_fp_fusion``).
       divisible: Integer parameters that are multiples of 16 in this specialisation.
+      max_registers: What a thread may have, ``maxnreg``; None leaves it to ptxas, which
+        may then spill for one more program on a multiprocessor.
       narrow: How many global loads and stores of the PTX may be narrower than 16 bytes:
         those of scalars and indices, once per program or row, not of streams.
     """
@@ -61,3 +63,4 @@ class Configuration:
     fp_fusion: bool = True
     divisible: tuple[str, ...] = ()
     narrow: int = 0
+    max_registers: int | None = None

@@ -89,7 +89,7 @@ def one_pass(
         after[2] = ScaleByLearningRateMoments(
             chosen(finite, rate.count + 1, rate.count)
         )
-        return tree_unflatten(tree_structure(params), leaves), tuple(after)
+        return like(params, leaves), tuple(after)
 
     return Fused(applies_to(name, kernels), step)
 
@@ -114,7 +114,7 @@ def adam_rule(b1: float | Schedule, b2: float, eps: float, *, coupled: bool) -> 
             **options,
         )
         count = chosen(options["finite"], adam.count + 1, adam.count)
-        mu, nu = _like(adam.mu, done.mu), _like(adam.nu, done.nu)
+        mu, nu = like(adam.mu, done.mu), like(adam.nu, done.nu)
         return done.params, ScaleByAdamMoments(count, mu, nu)
 
     return rule
@@ -132,7 +132,7 @@ def lion_rule(b1: float, b2: float) -> Rule:
         lion: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
     ) -> tuple[Any, Any]:
         done = lion_kernel(params, grads, tree_leaves(lion.mu), b1=b1, b2=b2, **options)
-        return done.params, ScaleByLionMoments(_like(lion.mu, done.mu))
+        return done.params, ScaleByLionMoments(like(lion.mu, done.mu))
 
     return rule
 
@@ -153,12 +153,13 @@ def sgd_rule(momentum: float | Schedule, dampening: float, *, nesterov: bool) ->
             **options,
         )
         count = chosen(options["finite"], trace.count + 1, trace.count)
-        return done.params, TraceMoments(count, _like(trace.trace, done.trace))
+        return done.params, TraceMoments(count, like(trace.trace, done.trace))
 
     return rule
 
 
-def _like(tree: PyTree, leaves: list[Tensor]) -> PyTree:
+def like(tree: PyTree, leaves: list[Tensor]) -> PyTree:
+    """A tree of the structure of another."""
     return tree_unflatten(tree_structure(tree), leaves)
 
 

@@ -4,12 +4,12 @@
 import torch
 from torch import Tensor
 
-from zfunc.core.tree import PyTree, tree_leaves, tree_structure, tree_unflatten
+from zfunc.core.tree import PyTree, tree_leaves
 from zfunc.kernels.lamb import lamb_apply, lamb_moments, trust_ratios
 from zfunc.optim.base import LEAF, check_moments, check_updates
 from zfunc.optim.decay import Mask
 from zfunc.optim.fused import Fused, Kernels, applies_to, chosen
-from zfunc.optim.one_pass import decays
+from zfunc.optim.one_pass import decays, like
 from zfunc.optim.scale_by_adam import ScaleByAdamMoments, bias_weights
 from zfunc.optim.schedule_values import value_at
 from zfunc.optim.schedules import ScaleByLearningRateMoments, Schedule, as_schedule
@@ -76,10 +76,8 @@ def two_passes(
             coefficient=factor,
             **shared,
         )
-        nodes = placed_leaves(params)
-        parts = [Part(x, leaf) for x, leaf in zip(new.sums, nodes, strict=True)]
         ratios = trust_ratios(
-            torch.stack(sum_over_ranks(parts)),
+            _over_ranks(new.sums, params),
             max_coeff=bounds[0],
             min_coeff=bounds[1],
             kernel="triton",
@@ -88,16 +86,18 @@ def two_passes(
         done = lamb_apply(
             *(leaves, new.mu, new.nu, ratios), learning_rate=value, **shared
         )
-        spec = tree_structure(adam.mu)
-        after = (
-            ScaleByAdamMoments(
-                chosen(finite, adam.count + 1, adam.count),
-                tree_unflatten(spec, new.mu),
-                tree_unflatten(spec, new.nu),
-            ),
-            *((), ()),
-            ScaleByLearningRateMoments(chosen(finite, rate.count + 1, rate.count)),
+        count, next_rate = chosen(
+            finite, (adam.count + 1, rate.count + 1), (adam.count, rate.count)
         )
-        return tree_unflatten(tree_structure(params), done.params), after
+        mu, nu = like(adam.mu, new.mu), like(adam.nu, new.nu)
+        means = ScaleByAdamMoments(count, mu, nu)
+        after = (means, (), (), ScaleByLearningRateMoments(next_rate))
+        return like(params, done.params), after
 
     return Fused(applies_to("lamb", kernels), step)
+
+
+def _over_ranks(sums: Tensor, params: PyTree) -> Tensor:
+    """Sums of squares of pieces of leaves, added up over the ranks that hold them."""
+    pairs = zip(sums, placed_leaves(params), strict=True)
+    return torch.stack(sum_over_ranks([Part(x, leaf) for x, leaf in pairs]))

@@ -86,10 +86,10 @@ def test_all_mistakes_are_told_at_once(small, tmp_path):
 
 
 def test_a_violation_ends_it_with_1(small):
-    small.rows[1] = Row("adamw/fp32", USED, ("stack is 8 B, expected 0 at most",))
+    small.rows[1] = Row("adamw/fp32", USED, ("stack is 8 B, expected 0",))
     done = bench()
     assert done.exit_code == 1
-    assert "adamw/fp32 on sm_90: stack is 8 B, expected 0 at most" in done.stdout
+    assert "adamw/fp32 on sm_90: stack is 8 B, expected 0" in done.stdout
 
 
 def test_results_that_differ_end_it_with_1(small):
