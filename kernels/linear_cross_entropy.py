@@ -39,6 +39,7 @@ from .library import (
     runs_triton,
 )
 
+FEW_CHUNKS: Final = 8
 WORKSPACE: Final = 512 * 2**20
 
 
@@ -160,12 +161,15 @@ def _gradients(
     hidden, targets = hidden.contiguous(), targets.contiguous()
     losses = hidden.new_empty(N, dtype=wide)
     hidden_grad = hidden.new_empty((N, H) if for_hidden else 0)
-    weight_grad = hidden.new_zeros((V, H) if for_weight else 0, dtype=wide)
+    rows = _chunk(V * _logit_bytes(dtype, triton, options[3]), N, workspace)
+    # In float32, or rounded at each of a few chunks where that is not in the workspace.
+    fits = V * H * wide.itemsize <= workspace or -(-N // rows) > FEW_CHUNKS
+    total = wide if fits else dtype
+    weight_grad = hidden.new_zeros((V, H) if for_weight else 0, dtype=total)
     cotangents = None
     if slopes_needed:
         ones = hidden.new_ones(N, dtype=wide)
         cotangents = ones if row_weights is None else row_weights.to(wide).contiguous()
-    rows = _chunk(V * _logit_bytes(dtype, triton, options[3]), N, workspace)
     buffer = hidden.new_empty(rows, V)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
@@ -312,7 +316,8 @@ def linear_cross_entropy(
       ignore_index: As in ``cross_entropy``.
       softcap: As in ``cross_entropy``.
       workspace_bytes: For logits; at least one row is made at a time. The gradient of
-        ``weight`` in float32, V H numbers, comes on top.
+        ``weight`` is added up over chunks in float32, V H numbers on top; in the dtype
+        of ``weight`` where these alone are more and there are 8 chunks at most.
       kernel: "auto" is Triton on CUDA and the same chunks in torch elsewhere;
         "reference" makes all logits at once.
 

@@ -103,6 +103,23 @@ def test_chunks_add_up_in_float32():
     assert grad.flatten().tolist() == [-300, 300]
 
 
+def test_few_chunks_add_up_in_their_dtype_where_float32_does_not_fit():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, 64, generator=generator).bfloat16() for n in (32, 16)
+    )
+    targets = torch.randint(16, (32,), generator=generator)
+    row_bytes = 16 * (2 * 2 + 4)
+    grads = [
+        torch.func.grad(linear, 1)(hidden, weight, targets, workspace_bytes=b)
+        for b in (8 * row_bytes, 2**20)  # four chunks, one
+    ]
+    exact = torch.func.grad(linear, 1)(hidden.double(), weight.double(), targets)
+    assert not torch.equal(*grads)
+    for grad in grads:
+        close(grad, exact, 8 * EPS[torch.bfloat16])
+
+
 def test_mapped_over_labels():
     hidden, weight, targets = (
         torch.randn(4, 3),
