@@ -137,7 +137,6 @@ def adamw_mixed(x: Lists, kernel: str = "triton") -> dict[str, Way | str]:
       x: The tensors; all ways write over them.
       kernel: Of ours.
     """
-    dtype = x.grads[0].dtype
 
     def chain(*_: Any) -> None:
         grads = [g.float() for g in x.grads]
@@ -151,7 +150,7 @@ def adamw_mixed(x: Lists, kernel: str = "triton") -> dict[str, Way | str]:
         _fused(x, wide)
 
     return {
-        OURS: Way(_ours(x, kernel, coefficient=x.coefficient, copy_dtype=dtype), x),
+        OURS: Way(_ours(x, kernel, coefficient=x.coefficient, copies=x.copies), x),
         "chain": Way(chain, x),
         "fused": Way(fused, x),
     }
