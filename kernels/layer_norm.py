@@ -79,7 +79,8 @@ def _forward_mapped(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _backward_mapped(info: Any, in_dims: Any, *args: Any) -> Any:
-    if in_dims[5] is not None or in_dims[6] is not None:
+    # Of the bias only the dtype counts, mapped or not.
+    if in_dims[5] is not None:
         return looped(lambda: backward_op)(info, in_dims, *args)
     rows = norm_rows.rows_first(info, in_dims[:5], args[:5])
     groups = [info.batch_size, *args[7]]
