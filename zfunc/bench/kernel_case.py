@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 
-from zfunc.core.tree import tree_leaves
+from zfunc.core.tree import tree_leaves, tree_map
 
 OURS = "zfunc"
 
@@ -165,14 +166,10 @@ def forward(
       make: Its arguments.
     """
 
-    def ways(device: torch.device) -> dict[str, Way | str]:
-        args = make(device)
-        return {
-            name: fn if isinstance(fn, str) else Way(torch.no_grad()(fn), args)
-            for name, fn in functions(layer).items()
-        }
+    def one(fn: Callable[..., Any], args: tuple[Any, ...]) -> Way:
+        return Way(torch.no_grad()(fn), args)
 
-    return ways
+    return lambda device: _each(layer, make(device), one)
 
 
 def backward(
@@ -197,14 +194,7 @@ def backward(
 
         return Way(pull, tuple(map(cotangent, outs)))
 
-    def ways(device: torch.device) -> dict[str, Way | str]:
-        args = make(device)
-        return {
-            name: fn if isinstance(fn, str) else one(fn, args)
-            for name, fn in functions(layer).items()
-        }
-
-    return ways
+    return lambda device: _each(layer, make(device), one)
 
 
 def both(
@@ -218,6 +208,7 @@ def both(
     """
 
     def one(fn: Callable[..., Any], args: tuple[Any, ...]) -> Way:
+        args = leaves(args)
         wanted = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
         seeds = [cotangent(out) for out in tree_leaves(fn(*args))]
 
@@ -226,14 +217,57 @@ def both(
 
         return Way(run, args)
 
-    def ways(device: torch.device) -> dict[str, Way | str]:
-        args = leaves(make(device))
-        return {
-            name: fn if isinstance(fn, str) else one(fn, args)
-            for name, fn in functions(layer).items()
-        }
+    return lambda device: _each(layer, make(device), one)
 
-    return ways
+
+def _each(
+    layer: Layer,
+    args: tuple[Any, ...],
+    one: Callable[[Callable[..., Any], tuple[Any, ...]], Way],
+) -> dict[str, Way | str]:
+    """Every way of a layer. Liger's write over their arguments: it has its own."""
+    found: dict[str, Way | str] = {}
+    for name, fn in functions(layer).items():
+        given = tree_map(_copied, args) if name == "liger" else args
+        if isinstance(fn, str):
+            found[name] = fn
+        elif name == OURS:
+            found[name] = one(fn, given)
+        else:
+            found[name] = tried(partial(one, fn, given))
+    return found
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def tried(make: Callable[[], Way]) -> Way | str:
+    """A peer that was made and called once; or what it raised.
+
+    Args:
+      make: Makes it.
+
+    Examples:
+      >>> tried(lambda: Way(int, ("one",)))
+      "it raised ValueError: invalid literal for int() with base 10: 'one'"
+    """
+    try:
+        way = make()
+        way()
+    except Exception as error:  # a compiler's, Liger's, or out of memory
+        return f"it raised {told(error)}"
+    return way
+
+
+def told(error: Exception) -> str:
+    """The class of an exception and the first line of what it says.
+
+    Args:
+      error: The exception.
+    """
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}"
 
 
 def leaves(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -132,6 +132,7 @@ class CudaClock:
     def launches(self, way: Way) -> int | None:
         """What the profiler sees on the device; None where it sees nothing."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
+        torch.cuda.synchronize(self.device)  # what is still on its way is not counted
         with _quiet(), torch.profiler.profile(activities=activities) as profile:
             way()
             torch.cuda.synchronize(self.device)

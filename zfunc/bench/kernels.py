@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zfunc.bench.errors import BenchError
-from zfunc.bench.kernel_case import OURS, Bar, Case, Way
+from zfunc.bench.kernel_case import OURS, Bar, Case, Way, told, tried
 from zfunc.bench.kernel_clock import Clock, roof
 from zfunc.bench.rounds import rotated
 from zfunc.core.tree import tree_leaves
@@ -157,29 +157,46 @@ class Plan(NamedTuple):
 
 
 def run_kernels(
-    cases: Sequence[Case], clock: Clock, plan: Plan, say: Callable[[str], None]
-) -> list[Found]:
+    cases: Sequence[Case],
+    clock: Clock,
+    plan: Plan,
+    say: Callable[[str], None],
+    keep: Callable[[list[Found]], None] = lambda found: None,
+) -> tuple[list[Found], list[str]]:
     """Measure cases one after the other; the roof is measured before each.
+
+    A case that fails does not take the others with it.
 
     Args:
       cases: Which.
       clock: Of the device.
       plan: How.
       say: Is told what goes on, and what is skipped.
+      keep: Is given all that was measured, after each case: a run that is ended loses
+        only the case that it is at.
 
-    Raises:
-      ResultsDifferError: Two ways of a case computed other things.
+    Returns:
+      What was measured, and a sentence for each case that failed.
     """
-    found = []
+    found: list[Found] = []
+    failures = []
     best = 0.0
     for case in cases:
         say(case.name)
-        best = max(best, roof(clock, plan.roof_numel, plan.rounds))
-        found.append(measure(case, clock, plan, best))
-        for name, why in found[-1].skipped:
-            say(f"  without {name}: {why}")
         gc.collect()
-    return [each._replace(roof=best) for each in found]
+        try:
+            best = max(best, roof(clock, plan.roof_numel, plan.rounds))
+            one = measure(case, clock, plan, best)
+        except BenchError as error:
+            failures.append(str(error))
+        except Exception as error:  # a compiler's, or the device's
+            failures.append(f"{case.name}: {told(error)}")
+        else:
+            for name, why in one.skipped:
+                say(f"  without {name}: {why}")
+            found = [each._replace(roof=best) for each in (*found, one)]
+            keep(found)
+    return found, failures
 
 
 def measure(case: Case, clock: Clock, plan: Plan, roof: float) -> Found:
@@ -194,10 +211,10 @@ def measure(case: Case, clock: Clock, plan: Plan, roof: float) -> Found:
     Raises:
       ResultsDifferError: Two ways computed other things.
     """
-    made = case.ways(clock.device)
+    made = {name: _tried(name, way) for name, way in case.ways(clock.device).items()}
     skipped = tuple((name, way) for name, way in made.items() if isinstance(way, str))
     ways = {name: way for name, way in made.items() if isinstance(way, Way)}
-    if case.bound is not None:
+    if case.bound is not None and "eager" in ways:
         _compared(case, ways)
     times_s = timed(ways, clock, plan)
     measured = tuple(
@@ -211,6 +228,10 @@ def measure(case: Case, clock: Clock, plan: Plan, roof: float) -> Found:
         for name, way in ways.items()
     )
     return Found(case, measured, skipped, roof)
+
+
+def _tried(name: str, way: Way | str) -> Way | str:
+    return way if name == OURS or isinstance(way, str) else tried(lambda: way)
 
 
 def timed(ways: Mapping[str, Way], clock: Clock, plan: Plan) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from zfunc.bench.errors import BenchError
 from zfunc.bench.kernel_case import Case
 from zfunc.bench.kernel_clock import make_clock
-from zfunc.bench.kernels import ROOF_NUMEL, Plan, run_kernels
+from zfunc.bench.kernels import ROOF_NUMEL, Found, Plan, run_kernels
 from zfunc.bench.kernels_compiled import (
     compiled_page,
     violation_lines,
@@ -66,8 +66,9 @@ def bench_kernels(
     """Time the kernels beside torch and Liger, and compile what ships.
 
     On a GPU every Triton kernel, against the bandwidth of a copy in the same run; on a
-    CPU the paths that are faster than torch's there. Ends with exit code 1 if results
-    differ, or a configuration spills.
+    CPU the paths that are faster than torch's there. Ends with exit code 1 if a case
+    fails or results differ, with the others still measured, or if a configuration
+    spills.
     """
     stderr = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     console = make_console()
@@ -77,8 +78,8 @@ def bench_kernels(
         names = () if compile_only is False else compiled_names(only)
         check(out, only, bool(cases or names))
         plan = Plan(rounds, calls, ROOF_NUMEL)
-        _measure(console, stderr, cases, device, plan, threads, out)
-        failed = _compile(console, stderr, only, out) if names else False
+        failed = _measure(console, stderr, cases, device, plan, threads, out)
+        failed |= bool(names) and _compile(console, stderr, only, out)
     except UsageError as error:
         print_error(stderr, str(error))
         raise typer.Exit(2) from None
@@ -141,19 +142,29 @@ def _measure(
     plan: Plan,
     threads: int,
     out: Path | None,
-) -> None:
+) -> bool:
+    """Measure and report; whether a case failed."""
     if not cases:
-        return
+        return False
+
+    def keep(found: list[Found]) -> None:
+        if out is not None:
+            write_found(out / "kernels.csv", found)
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = run_kernels(cases, make_clock(device), plan, stderr.print)
+        found, failures = run_kernels(
+            cases, make_clock(device), plan, stderr.print, keep
+        )
     finally:
         torch.set_num_threads(before)
     print_found(console, found)
-    if out is not None:
-        write_found(out / "kernels.csv", found)
+    if out is not None and found:
         plot_found(out / "kernels.png", found)
+    for failure in failures:
+        print_error(stderr, failure)
+    return bool(failures)
 
 
 def _compile(console: Console, stderr: Console, only: str, out: Path | None) -> bool:

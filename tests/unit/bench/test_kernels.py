@@ -20,7 +20,7 @@ from zfunc.bench.kernels import (
     run_kernels,
 )
 from zfunc.bench.kernels_cpu import cpu_cases
-from zfunc.bench.kernels_layers import FULL, HOST, TINY, layer_cases
+from zfunc.bench.kernels_layers import FULL, HOST, SWIGLU, TINY, layer_cases
 from zfunc.bench.kernels_optimizers import optimizer_cases
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_rounds_begin_with_another_way_each_time():
     called = []
     ways = {n: Way(lambda n=n: called.append(n), ()) for n in (OURS, "b", "c")}
     measure(case(ways), CpuClock(), Plan(3, 1), 1.0)
-    timed = called[3 * 3 :][:9]
+    timed = called[2 + 3 * 3 :][:9]  # peers are tried once before
     assert timed == [OURS, "b", "c", "b", "c", OURS, "c", OURS, "b"]
 
 
@@ -180,10 +180,51 @@ def test_ways_that_are_not_there_are_said():
     lines = []
     x = torch.ones(4)
     ways = {OURS: Way(torch.sin, (x,)), "eager": "it is not installed"}
-    (found,) = run_kernels([case(ways)], CpuClock(), QUICK, lines.append)
+    (found,), _ = run_kernels([case(ways)], CpuClock(), QUICK, lines.append)
     assert lines == ["made/up", "  without eager: it is not installed"]
     assert [way.name for way in found.measured] == [OURS]
     assert found.roof > 0
+
+
+def no_gpu(*args):
+    raise TypeError("no kernel image\nand a page more")
+
+
+def test_a_peer_that_raises_is_left_out():
+    ways = {OURS: Way(torch.sin, (torch.ones(4),)), "liger": Way(no_gpu, ())}
+    found = measure(case(ways, bound=0.0), CpuClock(), QUICK, 1.0)
+    assert [way.name for way in found.measured] == [OURS]
+    assert found.skipped == (("liger", "it raised TypeError: no kernel image"),)
+
+
+@pytest.mark.parametrize("kind", [kernel_case.backward, kernel_case.both])
+def test_a_peer_that_raises_while_it_is_made_is_left_out(monkeypatch, kind):
+    monkeypatch.setattr(kernel_case, "_compiled", lambda fn: no_gpu)
+    ways = kind(SWIGLU, lambda device: (torch.ones(2, 16), torch.ones(2, 16)))(CPU)
+    assert ways["compile"] == "it raised TypeError: no kernel image"
+    assert isinstance(ways["eager"], Way)
+
+
+def test_a_peer_that_writes_over_its_arguments_has_its_own(monkeypatch):
+    monkeypatch.setattr(kernel_case, "_liger", lambda get: lambda x, y: x.zero_() + y)
+    x, y = torch.ones(2, 16), torch.ones(2, 16)
+    ways = kernel_case.forward(SWIGLU, lambda device: (x, y))(CPU)
+    assert (ways["liger"]() == 1).all()
+    assert (x == 1).all()
+
+
+def test_a_case_that_fails_does_not_take_the_others_with_it():
+    x = torch.ones(4)
+    good = case({OURS: Way(torch.sin, (x,))})
+    other = case({OURS: Way(torch.sin, (x,)), "eager": Way(torch.cos, (x,))}, bound=0)
+    cases = [case({OURS: Way(no_gpu, ())}), good, other, good]
+    kept = []
+    found, failures = run_kernels(cases, CpuClock(), QUICK, str, kept.append)
+    assert [each.case for each in found] == [good, good]
+    assert [len(each) for each in kept] == [1, 2]
+    assert failures[0] == "made/up: TypeError: no kernel image"
+    assert "of the largest apart" in failures[1]
+    assert len(failures) == 2
 
 
 def test_liger_is_taken_where_it_is_installed(monkeypatch):

@@ -96,9 +96,22 @@ def test_results_that_differ_end_it_with_1(small):
     x = torch.ones(3)
     ways = {OURS: Way(torch.sin, (x,)), "eager": Way(torch.cos, (x,))}
     small.cases[0] = Case("swiglu/wrong", 8, lambda device: ways, bound=1e-3)
-    done = bench()
+    done = bench("--no-compile-only")
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith("error: swiglu/wrong: results are")
+    assert "adamw/float32" in done.stdout  # the others are still measured
+    small.cases.pop()
+    assert bench("--no-compile-only").exit_code == 1  # with nothing to print or draw
+
+
+def test_a_run_that_is_ended_has_written_what_it_measured(small, tmp_path):
+    def ended(device):
+        raise KeyboardInterrupt
+
+    small.cases[1] = small.cases[1]._replace(ways=ended)
+    assert bench("--no-compile-only", "--out", tmp_path).exit_code != 0
+    written = (tmp_path / "kernels.csv").read_text("utf-8")
+    assert written.count("swiglu/forward/float32,") == 2
 
 
 def test_the_names_are_those_of_what_ships():
