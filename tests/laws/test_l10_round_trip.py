@@ -10,7 +10,7 @@ from hypothesis import given
 
 import zfunc as zf
 from tests.laws.cases import cases, examples
-from zfunc.core.sharding import is_sharded, with_rank
+from zfunc.core.sharding import is_sharded
 from zfunc.core.tree import (
     leaves_with_path,
     map_with_path,
@@ -22,6 +22,7 @@ from zfunc.core.tree import (
 )
 from zfunc.testing import random_tree
 from zfunc.testing.recipe import OPTIMIZERS
+from zfunc.transforms.gathered import with_rank
 
 # Packages that this law does not import: they need tools that may be absent.
 OUTSIDE = ("zfunc.cli", "zfunc.kernels", "zfunc.launch")

@@ -25,6 +25,7 @@ from zfunc.core.tree import (
     tree_map,
     tree_unflatten,
 )
+from zfunc.kernels.global_norm import square_sums
 
 
 class P(tuple[str | None, ...]):
@@ -362,19 +363,6 @@ def place_tree(params: PyTree, mesh: Mesh, spec: Any, dtype: Any) -> PyTree:
     return map_with_path(one, params, is_leaf=is_sharded)
 
 
-def with_rank(tree: PyTree, rank: Any) -> PyTree:
-    """The same tree on the same meshes, seen from ``rank`` (a value, not structure)."""
-
-    def one(node: Any) -> Any:
-        if not is_sharded(node):
-            return node
-        mesh = dataclasses.replace(node.sharding.mesh, rank=rank)
-        sharding = dataclasses.replace(node.sharding, mesh=mesh)
-        return dataclasses.replace(node, sharding=sharding)
-
-    return tree_map(one, tree, is_leaf=is_sharded)
-
-
 def global_norm(tree: PyTree) -> torch.Tensor:
     r"""Euclidean norm of all the elements of a tree, over all ranks; 0-d, >= float32.
 
@@ -385,16 +373,26 @@ def global_norm(tree: PyTree) -> torch.Tensor:
       >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
       tensor(5.)
     """
-    sums: dict[tuple[Mesh | None, tuple[str, ...]], torch.Tensor] = {}
+    pieces: dict[tuple[Mesh | None, tuple[str, ...]], list[torch.Tensor]] = {}
     for leaf in tree_leaves(tree, is_sharded):
-        buffer = leaf.buffer if is_sharded(leaf) else leaf
-        wide = torch.promote_types(buffer.dtype, torch.float32)
-        square, at = buffer.to(wide).square().sum(), getattr(leaf, "sharding", None)
+        at = getattr(leaf, "sharding", None)
         where = (at.mesh, tuple(sorted(at.axes))) if at else (None, ())
-        sums[where] = sums[where] + square if where in sums else square
+        pieces.setdefault(where, []).append(leaf.buffer if is_sharded(leaf) else leaf)
     totals = []
-    for (mesh, axes), value in sums.items():
+    for (mesh, axes), buffers in pieces.items():
+        value = _square_sum(buffers)
         for axis in axes:
             value = collectives.psum(value, axis, mesh)  # type: ignore[arg-type]
         totals.append(value)
     return sum(totals[1:], totals[0]).sqrt() if totals else torch.zeros(())
+
+
+def _square_sum(buffers: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of all squares, >= float32; on a GPU of one dtype in one launch."""
+    if all(x.is_cuda for x in buffers) and len({x.dtype for x in buffers}) == 1:
+        return square_sums(buffers).sums.sum()  # type: ignore[no-any-return]
+    squares = [
+        x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
+        for x in buffers
+    ]
+    return sum(squares[1:], squares[0])

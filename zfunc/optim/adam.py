@@ -30,7 +30,8 @@ def adam(
       eps: Added to the denominator, at least 0.
       weight_decay: :math:`\lambda`, at least 0.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
-        CUDA device, "triton" insists on it, "reference" never does; the same bits.
+        CUDA device, and of 2^20 elements or more as one pass in C++ on a CPU; "triton"
+        insists on the first, "reference" is neither; the same bits.
 
     Returns:
       The optimizer: ``chain(add_decayed_weights, scale_by_adam,

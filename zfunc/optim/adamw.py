@@ -32,7 +32,8 @@ def adamw(
       mask: Which leaves decay, ``(path, leaf) -> bool``; all if None. The usual one is
         ``decay_matrices``.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
-        CUDA device, "triton" insists on it, "reference" never does; the same bits.
+        CUDA device, and of 2^20 elements or more as one pass in C++ on a CPU; "triton"
+        insists on the first, "reference" is neither; the same bits.
 
     Returns:
       The optimizer: ``chain(scale_by_adam, add_decayed_weights,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zfunc.core.tree import PyTree, tree_leaves, tree_map
 from zfunc.core.update import widen
+from zfunc.kernels.adamw_cpu import WORTH_NUMEL
 from zfunc.kernels.library import runs_triton
 
 Kernels = Literal["auto", "triton", "reference"]
@@ -36,13 +37,16 @@ class Fused(NamedTuple):
     step: Callable[..., tuple[PyTree, PyTree]]
 
 
-def applies_to(name: str, kernels: Kernels) -> Callable[[PyTree], bool]:
+def applies_to(
+    name: str, kernels: Kernels, *, on_cpu: bool = False
+) -> Callable[[PyTree], bool]:
     """Whether an optimizer's kernel runs, by what was asked for and the devices.
 
     Args:
       name: The optimizer, for messages.
       kernels: "auto" is Triton where all parameters are on one CUDA device; "triton"
         insists; "reference" is the chain of elementwise calls.
+      on_cpu: Whether "auto" has a pass for large trees on a CPU too.
 
     Returns:
       ``params -> bool``; it raises ``ValueError`` where "triton" cannot be had.
@@ -65,12 +69,21 @@ def applies_to(name: str, kernels: Kernels) -> Callable[[PyTree], bool]:
         one_device = len({x.device for x in leaves}) == 1
         if kernels == "reference" or (kernels == "auto" and not one_device):
             return False
+        if kernels == "auto" and on_cpu and leaves[0].device.type == "cpu":
+            return _is_worth_it(leaves)
         return bool(leaves) and bool(runs_triton(name, kernels, *leaves))
 
     return applies
 
 
-def chained(parts: Sequence[Any]) -> Fused | None:
+def _is_worth_it(leaves: Sequence[Tensor]) -> bool:
+    """Whether a pass over such tensors on a CPU is worth a call; not under vmap."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
+        return False
+    return sum(x.numel() for x in leaves) >= int(WORTH_NUMEL)
+
+
+def chained(parts: Sequence[Any], check: Callable[[PyTree], None]) -> Fused | None:
     """The fused step of a chain: that of its last part, on what the others make of it.
 
     A factor for all updates right before the last part, such as a clip's, is not a pass
@@ -78,6 +91,7 @@ def chained(parts: Sequence[Any]) -> Fused | None:
 
     Args:
       parts: Transformations.
+      check: Raises unless it is given the moments of these parts.
 
     Returns:
       The step, or None where the last part has none.
@@ -94,13 +108,14 @@ def chained(parts: Sequence[Any]) -> Fused | None:
         finite: Tensor | None = None,
         factor: Tensor | None = None,
     ) -> tuple[PyTree, PyTree]:
+        check(moments)
         if factor is not None and firsts:
             updates, factor = scaled(updates, factor), None
         after = []
-        for part, before in zip(firsts, moments, strict=False):
-            if part is firsts[-1] and factor_of is not None:
+        for i, (part, before) in enumerate(zip(firsts, moments[:-1], strict=True)):
+            if i == len(firsts) - 1 and factor_of is not None and _is_unit(before):
                 factor = factor_of(updates)
-                after.append(before)
+                after.append(())
             else:
                 updates, new = part.update(updates, before, params)
                 after.append(chosen(finite, new, before))
@@ -108,6 +123,11 @@ def chained(parts: Sequence[Any]) -> Fused | None:
         return params, (*after, new)
 
     return Fused(last.applies, step)
+
+
+def _is_unit(moments: PyTree) -> bool:
+    """Whether they are those of a part without any; others are for it to refuse."""
+    return type(moments) is tuple and not moments
 
 
 def scaled(updates: PyTree, factor: Tensor) -> PyTree:

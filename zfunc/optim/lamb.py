@@ -11,6 +11,7 @@ from zfunc.core.tree import (
     tree_structure,
     tree_unflatten,
 )
+from zfunc.kernels.square_root import square_root
 from zfunc.optim.base import (
     LEAF,
     GradientTransformation,
@@ -213,7 +214,7 @@ def _uncorrected(b1: float, b2: float, eps: float) -> UpdateFn:
         )
 
         def scaled(m: Tensor, n: Tensor) -> Tensor:
-            ratio = m / (n.sqrt() + eps)
+            ratio = m / (square_root(n) + eps)
             return ratio if eps else torch.where(m == 0, m, ratio)
 
         after = ScaleByAdamMoments(moments.count + 1, mu, nu)

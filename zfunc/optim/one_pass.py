@@ -75,13 +75,11 @@ def one_pass(
         check_moments(name, tuple(expected), moments)
         before, rate = moments[place], moments[2]
         options = {
-            "learning_rate": value_at(
-                "the learning-rate schedule", schedule, rate.count
-            ),
+            "learning_rate": rate_at(schedule, rate.count),
             "weight_decay": decays(weight_decay, mask, params),
             "coefficient": factor,
             "finite": finite,
-            "kernel": "triton",
+            "kernel": kernels,
         }
         leaves, new = rule(before, tree_leaves(params), tree_leaves(updates), options)
         after: list[PyTree] = [(), (), None]
@@ -91,7 +89,8 @@ def one_pass(
         )
         return like(params, leaves), tuple(after)
 
-    return Fused(applies_to(name, kernels), step)
+    on_cpu = name in ("adam", "adamw")
+    return Fused(applies_to(name, kernels, on_cpu=on_cpu), step)
 
 
 def adam_rule(b1: float | Schedule, b2: float, eps: float, *, coupled: bool) -> Rule:
@@ -100,7 +99,7 @@ def adam_rule(b1: float | Schedule, b2: float, eps: float, *, coupled: bool) -> 
     def rule(
         adam: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
     ) -> tuple[Any, Any]:
-        keep = factor_at("scale_by_adam: b1", b1, adam.count)
+        keep = at_hand(factor_at("scale_by_adam: b1", b1, adam.count), adam.count)
         weight1, weight2 = bias_weights(keep, b2, adam.count + 1)
         mu, nu = tree_leaves(adam.mu), tree_leaves(adam.nu)
         done = adamw_kernel(
@@ -145,9 +144,10 @@ def sgd_rule(momentum: float | Schedule, dampening: float, *, nesterov: bool) ->
     ) -> tuple[Any, Any]:
         if trace == ():
             return sgd_kernel(params, grads, **options).params, ()
+        keep = factor_at("trace: momentum", momentum, trace.count)
         done = sgd_kernel(
             *(params, grads, tree_leaves(trace.trace)),
-            momentum=factor_at("trace: momentum", momentum, trace.count),
+            momentum=at_hand(keep, trace.count),
             gain=1.0 - dampening * (trace.count > 0).to(torch.float64),
             nesterov=nesterov,
             **options,
@@ -156,6 +156,26 @@ def sgd_rule(momentum: float | Schedule, dampening: float, *, nesterov: bool) ->
         return done.params, TraceMoments(count, like(trace.trace, done.trace))
 
     return rule
+
+
+def rate_at(schedule: Schedule, count: Tensor) -> float | Tensor:
+    """The value of the learning-rate schedule, as a kernel reads it."""
+    return at_hand(value_at("the learning-rate schedule", schedule, count), count)
+
+
+def at_hand(factor: float | Tensor, count: Tensor) -> float | Tensor:
+    """A factor that a schedule made, floating and on the device of the count.
+
+    Elementwise calls take 0-d tensors of the CPU as they are; a kernel cannot.
+
+    Examples:
+      >>> at_hand(torch.tensor(1), torch.tensor(3))
+      tensor(1., dtype=torch.float64)
+    """
+    if not isinstance(factor, Tensor):
+        return factor
+    wide = factor if factor.is_floating_point() else factor.to(torch.float64)
+    return wide.to(count.device, non_blocking=True)
 
 
 def like(tree: PyTree, leaves: list[Tensor]) -> PyTree:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from zfunc.core.tree import PyTree, pytree, tree_map
+from zfunc.kernels.square_root import square_root
 from zfunc.optim.base import (
     LEAF,
     GradientTransformation,
@@ -44,8 +45,9 @@ def scale_by_adam(
       \nu_t &= \beta_2 \nu_{t-1} + (1 - \beta_2) u_t^2 \\
       u'_t &= \frac{\mu_t / (1 - \beta_1^t)}{\sqrt{\nu_t / (1 - \beta_2^t)} + \epsilon}
 
-    The bias corrections are computed in float64: in float32, :math:`1 - 0.999^t` is
-    wrong by 1e-5 of itself at the first step.
+    The root is rounded to nearest, as in the kernels (``square_root``; torch's on a CPU
+    may be off by one bit). The bias corrections are computed in float64: in float32,
+    :math:`1 - 0.999^t` is wrong by 1e-5 of itself at the first step.
 
     With a schedule of :math:`\beta_1`, update t uses its value at t - 1, the number of
     updates before, in :math:`\mu_t` and, as if it had always been that, in the bias
@@ -113,7 +115,7 @@ def scale_by_adam(
         weight1, weight2 = bias_weights(keep, b2, count)
 
         def scaled(m: Tensor, n: Tensor) -> Tensor:
-            root = (n / weight2.to(n.dtype)).sqrt()
+            root = square_root(n / weight2.to(n.dtype))
             ratio = (m / weight1.to(m.dtype)) / (root + eps)
             return ratio if eps else torch.where(m == 0, m, ratio)
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from zfunc.core.mesh import AbstractMesh, Mesh
-from zfunc.core.sharding import with_rank
 from zfunc.core.state import TrainState, shard, unshard
 from zfunc.core.step import TrainStep
 from zfunc.core.tree import (
@@ -21,6 +20,7 @@ from zfunc.core.tree import (
     tree_map,
     tree_unflatten,
 )
+from zfunc.transforms.gathered import with_rank
 
 # To mypy a NamedTuple with __call__ is not a Callable.
 Step = TrainStep | Callable[[TrainState, PyTree], TrainState]

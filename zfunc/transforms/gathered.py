@@ -16,7 +16,7 @@ import torch
 from torch._C._functorch import maybe_current_level
 
 from zfunc.core.errors import PlacementError
-from zfunc.core.sharding import Sharded, gather_buffers, is_sharded, with_rank
+from zfunc.core.sharding import Sharded, gather_buffers, is_sharded
 from zfunc.core.tree import PyTree, tree_map
 
 _T: Any = torch.Tensor
@@ -54,6 +54,19 @@ _METADATA: Final = frozenset(
         torch.numel,
     ]
 )
+
+
+def with_rank(tree: PyTree, rank: Any) -> PyTree:
+    """The same tree on the same meshes, seen from ``rank`` (a value, not structure)."""
+
+    def one(node: Any) -> Any:
+        if not is_sharded(node):
+            return node
+        mesh = dataclasses.replace(node.sharding.mesh, rank=rank)
+        sharding = dataclasses.replace(node.sharding, mesh=mesh)
+        return dataclasses.replace(node, sharding=sharding)
+
+    return tree_map(one, tree, is_leaf=is_sharded)
 
 
 @dataclasses.dataclass(frozen=True)
