@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What RMSNorm and LayerNorm ship as, by the width of their rows."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,19 +39,31 @@ def _shipped(
     centre = "mean_ptr", "bias_ptr", "bias_sums_ptr", "bias_grad_ptr", "shift_ptr"
     pointers |= dict.fromkeys(centre, "*fp32" if centred else None)
 
-    def of(kind: str, kernel: Any, constants: Any, num_warps: int, narrow: int) -> Any:
+    def of(
+        kind: str,
+        kernel: Any,
+        constants: Any,
+        num_warps: int,
+        narrow: int,
+        registers: int | None = None,
+    ) -> Any:
         whole = f"{name}/{kind}/{size}"
-        return _configuration(whole, kernel, pointers, constants, num_warps, narrow)
+        made = _configuration(whole, kernel, pointers, constants, num_warps, narrow)
+        return dataclasses.replace(made, max_registers=registers)
 
     norm = wide | {"EPS": 1e-6, "ROWS": rows, "BLOCK": block}
-    if columns > norm_rows.FORWARD_COLUMNS:
+    if columns > norm_rows.forward_columns(dtype.itemsize, centred):
         norm["BLOCK"] = norm_rows.CHUNK
         yield of("forward", norm_forward.forward_chunks, norm, 16, 1 + centred)
+    else:
+        registers = norm_rows.forward_registers(num_warps)
+        kernel = norm_forward.forward_rows
+        yield of("forward", kernel, norm, num_warps, 1 + centred, registers)
+    if columns > norm_rows.FORWARD_COLUMNS:
         return
-    yield of("forward", norm_forward.forward_rows, norm, num_warps, 1 + centred)
     tile = norm_rows.backward_tile(columns, dtype.itemsize)
     constants = wide | {"ROWS": tile.rows, "BLOCK": tile.columns}
-    constants["AHEAD"] = norm_rows.ahead(tile, dtype.itemsize)
+    constants["AHEAD"] = norm_rows.ahead(tile, dtype.itemsize, centred and residual)
     if columns <= norm_rows.BACKWARD_COLUMNS:
         yield of("backward", norm_backward.backward_rows, constants, tile.num_warps, 4)
         return
@@ -60,7 +73,8 @@ def _shipped(
     yield of("backward", norm_backward.backward_segments, constants, tile.num_warps, 4)
     if not pair and not residual:
         slopes = wide | {"BLOCK": norm_rows.CHUNK}
-        yield of("slopes", norm_backward.slopes, slopes, 16, 4)
+        registers = norm_rows.slope_registers(dtype.itemsize, centred)
+        yield of("slopes", norm_backward.slopes, slopes, 16, 4, registers)
         adding = {"ROWS": norm_rows.SUM_ROWS, "BLOCK": norm_rows.SUM_COLUMNS}
         yield of("sum", norm_backward.add_up, adding, 4, 1 + centred)
 

@@ -19,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import norm_backward, norm_forward
-from .library import batched_first, check_floating, check_shape, compute_dtype
+from .library import (
+    batched_first,
+    check_columns,
+    check_floating,
+    check_shape,
+    compute_dtype,
+)
 
 # The longest rows that a program holds in the forward, and what it reads at once of
 # longer ones.
@@ -38,7 +44,6 @@ AHEAD_BYTES: Final = 16384
 # Columns of a program that adds partial sums up, and how many it reads at once.
 SUM_COLUMNS: Final = 32
 SUM_ROWS: Final = 64
-DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
@@ -62,6 +67,21 @@ def forward_tile(columns: int) -> Tile:
     if block <= FORWARD_TILE:
         return Tile(min(FORWARD_TILE // block, 64), block, 8)
     return Tile(1, block, 32 if block > 8192 else 16)
+
+
+def forward_columns(itemsize: int, centred: bool) -> int:
+    """The longest row that a program of the forward holds whole."""
+    return FORWARD_COLUMNS // (1 + (centred and itemsize > 2))
+
+
+def forward_registers(num_warps: int) -> int | None:
+    """What a thread of the forward may have, where ptxas alone takes too few."""
+    return 64 if num_warps == 16 else None
+
+
+def slope_registers(itemsize: int, centred: bool) -> int | None:
+    """What a thread of ``slopes`` may have, likewise."""
+    return 64 if itemsize == 2 and not centred else None
 
 
 def backward_tile(columns: int, itemsize: int) -> Tile:
@@ -115,7 +135,7 @@ def forward(
         rstd,
     )
     rows, columns, wide = rstd.numel(), x.shape[-1], _wide(rstd)
-    if columns > FORWARD_COLUMNS:
+    if columns > forward_columns(x.itemsize, centred):
         norm_forward.forward_chunks[(rows,)](
             *tensors, columns, eps, wide, CHUNK, num_warps=16, enable_fp_fusion=True
         )
@@ -131,6 +151,7 @@ def forward(
         block,
         num_warps=num_warps,
         enable_fp_fusion=True,
+        maxnreg=forward_registers(num_warps),
     )
     return results
 
@@ -221,7 +242,7 @@ def _backward_rows(grads: Any, saved: Any, outs: Any, counts: Any, tile: Tile) -
         rows,
         columns,
         programs,
-        ahead(tile, grads[0].itemsize),
+        ahead(tile, grads[0].itemsize, None not in (grads[1], saved[1])),
         _wide(saved[2]),
         tile.rows,
         tile.columns,
@@ -230,9 +251,13 @@ def _backward_rows(grads: Any, saved: Any, outs: Any, counts: Any, tile: Tile) -
     )
 
 
-def ahead(tile: Tile, itemsize: int) -> bool:
-    """Whether a program of the backward has room for the next tile, too."""
-    return tile.rows * tile.columns * itemsize <= AHEAD_BYTES
+def ahead(tile: Tile, itemsize: int, crowded: bool) -> bool:
+    """Whether a program of the backward has room for the next tile, too.
+
+    Not for a long one where it is ``crowded``: with means and a residual's cotangent.
+    """
+    size_bytes = tile.rows * tile.columns * itemsize
+    return size_bytes <= AHEAD_BYTES // (1 + crowded)
 
 
 def _backward_segments(
@@ -255,6 +280,7 @@ def _backward_segments(
             CHUNK,
             num_warps=16,
             enable_fp_fusion=True,
+            maxnreg=slope_registers(grads[0].itemsize, mean is not None),
         )
     norm_backward.backward_segments[(count * programs * segments,)](
         *grads,
@@ -313,13 +339,14 @@ def check(
     """Raise unless these are arguments of a norm.
 
     Raises:
-      TypeError: An argument that is not a tensor of one of ``DTYPES``, or a residual of
+      TypeError: An argument that is not a tensor of the dtypes of kernels, or a residual of
         another dtype than x; an eps that is not a number.
       ValueError: A scale, bias or residual of another shape; a negative eps.
     """
     check_floating(name, x=x, residual=residual, scale=scale, bias=bias)
     if x.ndim == 0:
         raise ValueError(f"{name}: x has shape (), expected [..., D]; use x[None]")
+    check_columns(name, "x", x)
     for argument, tensor in (("scale", scale), ("bias", bias)):
         if tensor is not None:
             check_shape(name, argument, tensor, (x.shape[-1],))
@@ -329,12 +356,6 @@ def check(
             raise TypeError(
                 f"{name}: residual is {residual.dtype}, expected {x.dtype} as x; use "
                 "residual.to(x.dtype)"
-            )
-    for argument, tensor in (("x", x), ("scale", scale), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: {argument} is {tensor.dtype}, expected one of "
-                f"{', '.join(map(str, DTYPES))}; use {argument}.to(torch.bfloat16)"
             )
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(
