@@ -167,15 +167,18 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     def init(params: PyTree) -> PyTree:
         return tuple(part.init(params) for part in transformations)
 
-    def update(
-        updates: PyTree, moments: PyTree, params: PyTree
-    ) -> tuple[PyTree, PyTree]:
+    def check(moments: PyTree) -> None:
         if type(moments) is not tuple or len(moments) != len(transformations):
             raise StructureError(
                 f"chain: moments is {_summary(moments)}, expected the tuple of "
                 f"{len(transformations)} that this chain's init returned: pass "
                 "moments = tx.init(params), or those of this tx's last update"
             )
+
+    def update(
+        updates: PyTree, moments: PyTree, params: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        check(moments)
         after = []
         for part, before in zip(transformations, moments, strict=True):
             updates, part_moments = part.update(updates, before, params)
@@ -189,7 +192,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         first, rest = transformations[:cut], transformations[cut:]
         halves = (chain(*first), chain(*rest), cut)
     fixed = all(part.leafwise or part.deterministic for part in transformations)
-    fused = chained(transformations)
+    fused = chained(transformations, check)
     return GradientTransformation(init, update, not whole, halves, fixed, fused)
 
 

@@ -9,9 +9,8 @@ from zfunc.kernels.lamb import lamb_apply, lamb_moments, trust_ratios
 from zfunc.optim.base import LEAF, check_moments, check_updates
 from zfunc.optim.decay import Mask
 from zfunc.optim.fused import Fused, Kernels, applies_to, chosen
-from zfunc.optim.one_pass import decays, like
+from zfunc.optim.one_pass import decays, like, rate_at
 from zfunc.optim.scale_by_adam import ScaleByAdamMoments, bias_weights
-from zfunc.optim.schedule_values import value_at
 from zfunc.optim.schedules import ScaleByLearningRateMoments, Schedule, as_schedule
 from zfunc.optim.whole import Part, placed_leaves, sum_over_ranks
 
@@ -82,7 +81,7 @@ def two_passes(
             min_coeff=bounds[1],
             kernel="triton",
         )
-        value = value_at("the learning-rate schedule", schedule, rate.count)
+        value = rate_at(schedule, rate.count)
         done = lamb_apply(
             *(leaves, new.mu, new.nu, ratios), learning_rate=value, **shared
         )
