@@ -37,8 +37,10 @@ from .columns import (
 from .counter_random import is_kept, keep_mask, threshold
 from .gated import dense_like
 from .library import (
+    FirstOrder,
     Kernel,
     check_floating,
+    check_number,
     check_shape,
     compute_dtype,
     define,
@@ -248,10 +250,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _BiasDropoutResidual(torch.autograd.Function):
+class _BiasDropoutResidual(FirstOrder):
     """The two operators as a function and its transpose; it keeps the keys alone."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -342,6 +342,7 @@ def bias_dropout_residual(
 
 
 def _check_key(x: Tensor, key: Tensor | None, rate: float) -> None:
+    check_number(NAME, "rate", rate)
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{NAME}: rate is {rate}, expected one in [0, 1); type 0.1")
     if key is None and rate > 0.0:

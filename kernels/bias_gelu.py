@@ -36,6 +36,7 @@ from .columns import (
 from .gated import dense_like
 from .geglu import Approximate, is_tanh
 from .library import (
+    FirstOrder,
     Kernel,
     check_floating,
     compute_dtype,
@@ -157,10 +158,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _BiasGELU(torch.autograd.Function):
+class _BiasGELU(FirstOrder):
     """The two operators as a function and its transpose."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:

@@ -78,20 +78,19 @@ def launch(
     """
     groups, rows, columns = outputs[0].shape
     across = triton.cdiv(columns, tiles.columns)
-    with torch.cuda.device_of(outputs[0]):
-        kernel[(groups * triton.cdiv(rows, span) * across,)](
-            *(None if x is None else x.contiguous() for x in inputs),
-            *outputs,
-            rows,
-            columns,
-            span,
-            WIDE=wide(outputs[0].dtype),
-            ROWS=tiles.rows,
-            COLS=tiles.columns,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-            **arguments,
-        )
+    kernel[(groups * triton.cdiv(rows, span) * across,)](
+        *(None if x is None else x.contiguous() for x in inputs),
+        *outputs,
+        rows,
+        columns,
+        span,
+        WIDE=wide(outputs[0].dtype),
+        ROWS=tiles.rows,
+        COLS=tiles.columns,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+        **arguments,
+    )
 
 
 @triton.jit
@@ -145,18 +144,17 @@ def finish(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """
     groups, parts, columns = partial.shape
     out = partial.new_empty((groups, columns), dtype=dtype)
-    with torch.cuda.device_of(partial):
-        _finish_kernel[(groups * triton.cdiv(columns, FINISH_COLUMNS),)](
-            partial,
-            out,
-            parts,
-            columns,
-            WIDE=wide(partial.dtype),
-            PARTS=FINISH_PARTS,
-            COLS=FINISH_COLUMNS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    _finish_kernel[(groups * triton.cdiv(columns, FINISH_COLUMNS),)](
+        partial,
+        out,
+        parts,
+        columns,
+        WIDE=wide(partial.dtype),
+        PARTS=FINISH_PARTS,
+        COLS=FINISH_COLUMNS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
     return out
 
 

@@ -31,6 +31,7 @@ from .cross_entropy_reference import (
     slopes_reference,
 )
 from .library import (
+    FirstOrder,
     Kernel,
     check_floating,
     check_shape,
@@ -179,10 +180,8 @@ slopes_op: Final = define(
 _transposed: Final = pullback(slopes_op)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(FirstOrder):
     """Losses, and the logsumexps that their gradient needs."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, *options: Any) -> Any:

@@ -53,10 +53,9 @@ def elementwise(
         return outputs
     wide = tl.float64 if inputs[0].dtype == torch.float64 else tl.float32
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    with torch.cuda.device_of(inputs[0]):
-        kernel[(triton.cdiv(numel, BLOCK),)](
-            *inputs, *outputs, numel, WIDE=wide, BLOCK=BLOCK, **constants, **options
-        )
+    kernel[(triton.cdiv(numel, BLOCK),)](
+        *inputs, *outputs, numel, WIDE=wide, BLOCK=BLOCK, **constants, **options
+    )
     return outputs
 
 

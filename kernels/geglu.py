@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .activations import gelu
 from .gated import check_gated, configurations, dense_like, elementwise, mapped
-from .library import Kernel, compute_dtype, define, pullback, runs_triton
+from .library import FirstOrder, Kernel, compute_dtype, define, pullback, runs_triton
 
 Approximate = Literal["none", "tanh"]
 
@@ -108,10 +108,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _GEGLU(torch.autograd.Function):
+class _GEGLU(FirstOrder):
     """The two operators as a function and its transpose."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:

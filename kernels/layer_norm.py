@@ -17,11 +17,11 @@ are of the centred row: mean(h^2) - mean(h)^2 would cancel.
 from collections.abc import Sequence
 from typing import Any, Final, overload
 
-import torch
 from torch import Tensor
 
 from . import norm_rows
 from .library import (
+    FirstOrder,
     Kernel,
     applied,
     compute_dtype,
@@ -118,10 +118,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(FirstOrder):
     """The two operators as a function and its transpose."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

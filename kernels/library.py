@@ -15,9 +15,11 @@ import torch
 import triton
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAMESPACE: Final = "zfunc"
+DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Kernel = Literal["auto", "triton", "reference"]
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -44,23 +46,66 @@ def define(
     _LIBRARY.define(schema)
     qualified = f"{NAMESPACE}::{name}"
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    infos = [x.alias_info for x in op._schema.arguments]
+    written = [i for i, info in enumerate(infos) if info and info.is_write]
 
     def first_order(*args: Any, **kwargs: Any) -> Any:
-        tracked = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad
-            for x in tree_leaves((args, kwargs))
-        )
-        if tracked:
+        if _differentiated((args, kwargs)):
             raise RuntimeError(_no_second(name))
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+            results = op(*args, **kwargs)
+        for i in written:  # else a backward would read what is new without a word
+            torch.autograd.graph.increment_version(tree_leaves(args[i]))
+        return results
 
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, launch, device)
+        _LIBRARY.impl(name, _on_its_device(launch), device)
     _LIBRARY.impl(name, first_order, "Autograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     return op
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever device the pointers are of."""
+
+    def call(*args: Any) -> Any:
+        first = next((x for x in args if isinstance(x, Tensor)), None)
+        if first is None:
+            return launch(*args)
+        with torch.cuda.device_of(first):
+            return launch(*args)
+
+    return call
+
+
+def _differentiated(args: Any) -> bool:
+    """Whether a derivative of an operator is on record, backward or forward."""
+    backward = torch.is_grad_enabled()
+    forward = forward_ad._current_level >= 0
+    if not (backward or forward):
+        return False
+    return any(
+        (backward and x.requires_grad)
+        or (forward and forward_ad.unpack_dual(x).tangent is not None)
+        for x in tree_leaves(args)
+        if isinstance(x, Tensor)
+    )
+
+
+class FirstOrder(torch.autograd.Function):
+    """A function whose forward and backward call operators; base of all of them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raise: ``torch.func.jvp``, ``jacfwd`` and ``hessian`` arrive here."""
+        raise RuntimeError(
+            "zfunc.kernels: a kernel has a derivative in reverse mode, and none in "
+            'forward mode, which was asked for. Pass kernel="reference" for it, and '
+            "for a Hessian."
+        )
 
 
 def pullback(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,9 +123,7 @@ def pullback(op: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = op.name().partition("::")[2].partition(".")[0]
 
-    class Pullback(torch.autograd.Function):
-        generate_vmap_rule = True
-
+    class Pullback(FirstOrder):
         @staticmethod
         def forward(*args: Any) -> Any:
             return op(*args)
@@ -219,10 +262,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_floating(name: str, **tensors: Tensor | None) -> None:
-    """Raise unless all are strided floating tensors.
+    """Raise unless all are strided tensors of one of ``DTYPES``, or None.
 
     Raises:
-      TypeError: Something else than a floating tensor, named.
+      TypeError: Something else, named.
     """
     for argument, x in tensors.items():
         if x is None:
@@ -232,6 +275,11 @@ def check_floating(name: str, **tensors: Tensor | None) -> None:
             raise TypeError(
                 f"{name}: {argument} is {got}, expected a floating tensor; use "
                 f"{argument}.float()"
+            )
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: {argument} is {x.dtype}, expected one of "
+                f"{', '.join(map(str, DTYPES))}; use {argument}.to(torch.bfloat16)"
             )
         if x.layout is not torch.strided:
             raise TypeError(

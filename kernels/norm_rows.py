@@ -339,7 +339,7 @@ def check(
     """Raise unless these are arguments of a norm.
 
     Raises:
-      TypeError: An argument that is not a tensor of the dtypes of kernels, or a residual of
+      TypeError: An argument that is no floating tensor of 16 bits at least, residual of
         another dtype than x; an eps that is not a number.
       ValueError: A scale, bias or residual of another shape; a negative eps.
     """

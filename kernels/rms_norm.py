@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import norm_rows
 from .library import (
+    FirstOrder,
     Kernel,
     applied,
     compute_dtype,
@@ -112,10 +113,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(FirstOrder):
     """The two operators as a function and its transpose."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

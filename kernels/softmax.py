@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .configuration import Configuration, pointer
 from .library import (
+    FirstOrder,
     Kernel,
     batched_first,
     check_columns,
@@ -180,10 +181,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _Softmax(torch.autograd.Function):
+class _Softmax(FirstOrder):
     """The two operators; a mask that is added gets its gradient summed in float32."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:

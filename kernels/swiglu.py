@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .activations import silu
 from .gated import check_gated, configurations, dense_like, elementwise, mapped
-from .library import Kernel, compute_dtype, define, pullback, runs_triton
+from .library import FirstOrder, Kernel, compute_dtype, define, pullback, runs_triton
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -92,10 +92,8 @@ backward_op: Final = define(
 _transposed: Final = pullback(backward_op)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(FirstOrder):
     """The two operators as a function and its transpose."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:

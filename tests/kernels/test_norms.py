@@ -352,6 +352,11 @@ BAD = [
         TypeError,
         "x is torch.float8_e4m3fn, expected one of",
     ),
+    (
+        {"x": torch.empty(1, 2**31, device="meta"), "scale": None},
+        ValueError,
+        "x has 2147483648 columns, expected fewer than",
+    ),
     ({"eps": -1e-6}, ValueError, "eps is -1e-06, expected a number >= 0"),
     ({"eps": math.nan}, ValueError, "eps is nan"),
     ({"eps": torch.ones(())}, TypeError, "eps is Tensor, expected a number"),
