@@ -20,7 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .configuration import Configuration, pointer
-from .library import Kernel, batched_first, check_floating, define, runs_triton
+from .library import (
+    FirstOrder,
+    Kernel,
+    batched_first,
+    check_floating,
+    define,
+    runs_triton,
+)
 
 BLOCK: Final = 1024  # pairs of a program
 COLUMNS: Final = 128  # of them in one row, at most
@@ -135,33 +142,31 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     tables = [t.expand(*x.shape[:-1], half) for t in (cos, sin)]
     steps = _steps(x, tables[0], out)
     if len(steps) > ROW_DIMS:
-        x, tables = x.contiguous(), [t.contiguous() for t in tables]
-        out = out.new_empty(out.shape)
-        steps = _steps(x, tables[0], out)
+        dense = [t.contiguous() for t in (x, *tables)]
+        return out.copy_(_forward(*dense, inverse))
     steps = [(1, 0, 0, 0)] * (ROW_DIMS - len(steps)) + steps
     sizes, *strides = zip(*steps, strict=True)
     rest = x.shape[-1] - 2 * half
     tile, rows = _Tile.of(half, rest), x.numel() // x.shape[-1]
     blocks = triton.cdiv(max(half, rest), tile.columns)
     programs = triton.cdiv(rows, tile.rows) * blocks
-    with torch.cuda.device_of(x):
-        _kernel[(programs,)](
-            x,
-            *tables,
-            out,
-            rows,
-            *sizes[1:],
-            *(stride for one in strides for stride in one),
-            HALF=half,
-            REST=rest,
-            INVERSE=inverse,
-            WIDE=tl.float64 if cos.dtype == torch.float64 else tl.float32,
-            INDEX=tl.int32 if programs * tile.rows < 2**31 else tl.int64,
-            ROWS=tile.rows,
-            COLS=tile.columns,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+    _kernel[(programs,)](
+        x,
+        *tables,
+        out,
+        rows,
+        *sizes[1:],
+        *(stride for one in strides for stride in one),
+        HALF=half,
+        REST=rest,
+        INVERSE=inverse,
+        WIDE=tl.float64 if cos.dtype == torch.float64 else tl.float32,
+        INDEX=tl.int32 if programs * tile.rows < 2**31 else tl.int64,
+        ROWS=tile.rows,
+        COLS=tile.columns,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return out
 
 
@@ -221,10 +226,8 @@ rope_op: Final = define(
 )
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(FirstOrder):
     """The operator; its transpose is itself the other way round, at every order."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:

@@ -47,7 +47,7 @@ def equal(got, expected):
         assert torch.equal(got, expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     LEADING,
     st.sampled_from([0, 1, 2, 5, 17]),
@@ -151,6 +151,14 @@ def test_tables_have_no_gradient(where):
     with pytest.raises(RuntimeError, match=r"no gradient for cos and sin; use cos.det"):
         torch.func.grad(lambda *xs: triton(*xs).sum(), where)(*args)
     torch.func.grad(lambda *xs: module.rope(*xs).sum(), where)(*args)
+
+
+def test_more_dims_than_the_kernel_steps_through_lie_as_tracing_says():
+    x = torch.randn(3, 3, 3, 3, 3, 6)[:2, :2, :2, :2].permute(3, 1, 0, 2, 4, 5)
+    cos, sin = tables((3, 3))
+    same([triton(x, cos, sin)], [module.rope(x, cos, sin, kernel="reference")])
+    args = x, cos, sin, False
+    torch.library.opcheck(module.rope_op, args, test_utils="test_faketensor")
 
 
 X, (COS, SIN) = torch.ones(2, 5, 8), tables((5, 4))
