@@ -170,6 +170,10 @@ def checked_options(
         raise ValueError(
             f"{name}: softcap is {softcap}, expected a positive number; None is off"
         )
+    if ignore_index != int(ignore_index):
+        raise ValueError(
+            f"{name}: ignore_index is {ignore_index}, expected a label, such as -100"
+        )
     cap = None if softcap is None else float(softcap)
     return float(label_smoothing), float(z_loss), int(ignore_index), cap
 

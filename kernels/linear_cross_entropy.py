@@ -29,6 +29,7 @@ from .cross_entropy_reference import (
     cross_entropy_reference,
 )
 from .library import (
+    FirstOrder,
     Kernel,
     check_floating,
     check_shape,
@@ -105,7 +106,9 @@ def _losses_and_slopes(
     logarithm = weight.log()
     L = top + logarithm
     losses = logarithm + (1.0 - label_smoothing) * (top - at_label)
-    losses += label_smoothing * (top - mean) + z_loss * L.square()
+    losses += label_smoothing * (top - mean)
+    if z_loss:
+        losses += z_loss * L.square()
     losses = losses.masked_fill_(~live, 0.0)[:, 0]
     if not slopes_needed:
         return losses, x
@@ -240,10 +243,8 @@ _computed: Final = pullback(gradients_op)
 _scaled: Final = pullback(scaled_op)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(FirstOrder):
     """The loss and, where they will be asked for, its gradients."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

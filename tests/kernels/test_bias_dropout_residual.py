@@ -179,6 +179,7 @@ BAD = [
     ((X, None, X, torch.arange(3), 0.1), ValueError, r"key has shape \(3,\), expected"),
     ((X, None, X, KEY, 1.0), ValueError, r"rate is 1.0, expected one in \[0, 1\)"),
     ((X, None, X, KEY, float("nan")), ValueError, r"rate is nan, expected one in"),
+    ((X, None, X, KEY, torch.tensor(0.1)), TypeError, "rate is Tensor, expected a num"),
     ((X, None, X, KEY.to("meta"), 0.1), ValueError, "tensors on cpu, meta, expected"),
 ]
 

@@ -229,6 +229,7 @@ def test_a_second_derivative_is_an_error():
         ({"softcap": 0.0}, ValueError, "softcap is 0.0.*None is off"),
         ({"z_loss": torch.ones(())}, TypeError, "z_loss is Tensor, expected a number"),
         ({"softcap": "30"}, TypeError, "softcap is str"),
+        ({"ignore_index": 0.5}, ValueError, "ignore_index is 0.5, expected a label"),
         ({"logits": HUGE}, ValueError, "2147483648 columns, expected fewer than"),
         ({"kernel": "cuda"}, ValueError, 'type kernel="auto"'),
     ],

@@ -289,3 +289,10 @@ def test_bad_input(change, error, message):
     }
     with pytest.raises(error, match=message):
         module.linear_cross_entropy(**(good | change))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_logits_whose_squares_overflow(kernel):
+    hidden, weight = torch.full((1, 1), 1e20), torch.tensor([[1.0], [0.5]])
+    loss = module.linear_cross_entropy(hidden, weight, torch.tensor([0]), kernel=kernel)
+    assert loss == 0.0
