@@ -12,6 +12,7 @@ compiled into a kernel, or rounded on its way there.
 The bytes of the table are 8 (2 + c) per tensor and launch, read from the L2 cache.
 """
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -29,7 +30,9 @@ _MOST_BLOCKS: Final = 64  # in a chunk
 _PROGRAMS: Final = 132 * 8  # that small launches should still have
 _FILLED: Final = 64  # numbers of a table that one launch writes
 _HALF: Final = (1 << 32) - 1
-_OFFSET: Final = 1 << 62  # added to the halves of these, so that all are int64
+# Twice a half of these and 1 are added: all are int64, and none is a multiple of 16,
+# or each pattern of such multiples would be a kernel of its own.
+_OFFSET: Final = (1 << 62) + 1
 
 
 class Table(NamedTuple):
@@ -150,8 +153,15 @@ def _on_device(values: list[int], device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return filled(values, device)
+        _load_filling(device)
         host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
         return host.to(device, non_blocking=True)
+
+
+@functools.cache
+def _load_filling(device: torch.device) -> None:
+    """Compile and load the kernel of ``filled``: a graph being captured forbids it."""
+    filled([0], device)
 
 
 def filled(values: list[int], device: torch.device) -> Tensor:
@@ -165,8 +175,8 @@ def filled(values: list[int], device: torch.device) -> Tensor:
     data = torch.empty(len(padded), dtype=torch.int64, device=device)
     for at in range(0, len(padded), _FILLED):
         some = padded[at : at + _FILLED]
-        low = tuple(_OFFSET + (v & _HALF) for v in some)
-        high = tuple(_OFFSET + (v >> 32 & _HALF) for v in some)
+        low = tuple(_OFFSET + 2 * (v & _HALF) for v in some)
+        high = tuple(_OFFSET + 2 * (v >> 32 & _HALF) for v in some)
         _fill_kernel[(1,)](data, at, low, high, num_warps=1)
     return data
 
@@ -174,7 +184,7 @@ def filled(values: list[int], device: torch.device) -> Tensor:
 @triton.jit(do_not_specialize=["at", "low", "high"])
 def _fill_kernel(data_ptr, at, low, high):
     for i in tl.static_range(len(low)):
-        value = (low[i] & 0xFFFFFFFF) | ((high[i] & 0xFFFFFFFF) << 32)
+        value = (low[i] >> 1 & 0xFFFFFFFF) | ((high[i] >> 1 & 0xFFFFFFFF) << 32)
         tl.store(data_ptr + at + i, value)
 
 

@@ -130,18 +130,32 @@ def test_a_table_from_arguments(values):
     assert data[: len(values)].tolist() == values
 
 
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=64))
+@settings(max_examples=10)
+def test_a_table_from_arguments_is_one_kernel(values):
+    """Triton compiles a program for each pattern of multiples of 16 in a tuple."""
+    with mock.patch.object(module, "_fill_kernel") as kernel:
+        filled([*values, 16, 0], torch.device("cpu"))
+    for call in kernel.__getitem__.return_value.call_args_list:
+        for half in (*call.args[2], *call.args[3]):
+            assert half % 16
+            assert 2**32 < half < 2**63
+
+
 @pytest.mark.parametrize("capturing", [True, False])
 def test_host_memory_is_not_part_of_a_graph(capturing):
-    pinned = torch.zeros(2, dtype=torch.int64)
+    pinned, made = torch.zeros(2, dtype=torch.int64), []
+    module._load_filling.cache_clear()
     with (
         mock.patch("torch.cuda.is_current_stream_capturing", return_value=capturing),
         mock.patch("torch.cuda.device", return_value=contextlib.nullcontext()),
-        mock.patch.object(module, "filled", lambda values, device: values),
+        mock.patch.object(module, "filled", lambda x, device: made.append(x) or x),
         mock.patch("torch.tensor", return_value=pinned),
         mock.patch.object(torch.Tensor, "to", lambda *args, **options: options),
     ):
         got = module._on_device([1, 2], torch.device("cuda"))
     assert got == ([1, 2] if capturing else {"non_blocking": True})
+    assert made == ([[1, 2]] if capturing else [[0]])  # loaded before any capture
 
 
 @given(st.floats(allow_nan=False))
