@@ -39,10 +39,11 @@ from .square_root import square_root
 from .update_lists import (
     SCHEMA,
     Options,
+    check_apart,
     check_factor,
     check_lists,
+    divisor,
     fresh,
-    joined,
     not_mapped,
     options_of,
     split,
@@ -125,8 +126,8 @@ def adamw_reference(
         )
         mean = b1 * m + rest1 * g
         square = how.b2 * n + (1 - how.b2) * g.square()
-        under = square_root(square / joined(how.weight2, how.weight2_at, n.dtype))
-        u = mean / joined(how.weight1, how.weight1_at, m.dtype) / (under + how.eps)
+        under = square_root(square / divisor(how.weight2, how.weight2_at, n))
+        u = mean / divisor(how.weight1, how.weight1_at, m) / (under + how.eps)
         if how.eps == 0:
             u = torch.where(mean == 0, mean, u)
         if decay and not how.coupled:
@@ -318,6 +319,8 @@ def adamw(
     )
     how = _moments(weight1, weight2, b1, b2, eps, coupled, kernel)
     lists = list(params), list(grads), list(mu), list(nu), list(copies)
+    if donate:
+        check_apart("adamw", [x for i in (0, 2, 3, 4) for x in lists[i]])
     tensors = [x for some in lists for x in some] + [*options[:3], *how[:3]]
     by_triton, n = runs_triton("adamw", kernel, *tensors), len(params)
     if not (n and (by_triton or (kernel == "auto" and _many(tensors, n)))):

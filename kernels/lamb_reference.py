@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .global_norm import square_sums_reference
 from .square_root import square_root
-from .update_lists import Adam, Options, joined, widen
+from .update_lists import Adam, Options, divisor, widen
 
 
 class LambMoments(NamedTuple):
@@ -40,8 +40,8 @@ class LambParams(NamedTuple):
 
 def _direction(p: Tensor, m: Tensor, n: Tensor, decay: float, adam: Adam) -> Tensor:
     """Adam's update and the decay."""
-    size = square_root(n / joined(adam.weight2, adam.weight2_at, n.dtype)) + adam.eps
-    u = m / joined(adam.weight1, adam.weight1_at, m.dtype) / size
+    size = square_root(n / divisor(adam.weight2, adam.weight2_at, n)) + adam.eps
+    u = m / divisor(adam.weight1, adam.weight1_at, m) / size
     u = u if adam.eps else torch.where(m == 0, m, u)
     return u + decay * widen(p) if decay else u
 

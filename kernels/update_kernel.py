@@ -74,14 +74,23 @@ def groups(
     """
     found = []
     for group in by_dtypes([*reads, *writes]):
-        targets = [column[i] for column in writes for i in group]
-        dense = [x if x.is_contiguous() else x.new_empty(x.shape) for x in targets]
-        columns = [[column[i].contiguous() for i in group] for column in reads]
+        rows = {i: [column[i] for column in (*reads, *writes)] for i in group}
+        as_is = {i for i in group if _in_one_order(rows[i])}
+        places = [(column[i], i) for column in writes for i in group]
+        targets = [x for x, _ in places]
+        dense = [
+            x if i in as_is or x.is_contiguous() else x.new_empty(x.shape)
+            for x, i in places
+        ]
+        columns = [
+            [column[i] if i in as_is else column[i].contiguous() for i in group]
+            for column in reads
+        ]
         columns += [
             dense[at : at + len(group)] for at in range(0, len(dense), len(group))
         ]
-        rows = [group, [bits(decay[i]) for i in group]]
-        tab = table(columns, rows, [bits(x) for x in numbers])
+        own = [group, [bits(decay[i]) for i in group]]
+        tab = table(columns, own, [bits(x) for x in numbers])
         constants = {
             "TYPES": tuple(triton_type(column[0].dtype) for column in columns),
             "WIDE": triton_type(compute_dtype(columns[0][0].dtype)),
@@ -92,6 +101,15 @@ def groups(
             Group(tab, constants, list(zip(targets, dense, strict=True)), columns)
         )
     return found
+
+
+def _in_one_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether elements of equal indices are at equal places, without gaps."""
+    first = tensors[0]
+    if any(x.stride() != first.stride() for x in tensors):
+        return False
+    dense = torch.ops.aten.is_non_overlapping_and_dense.default
+    return first.is_contiguous() or bool(dense(first))
 
 
 def update(

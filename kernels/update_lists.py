@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import check_floating, check_shape, compute_dtype
+from .library import DTYPES, check_floating, check_shape, compute_dtype
 
 
 def check_lists(
@@ -48,8 +48,23 @@ def check_lists(
         raise TypeError(
             f"{name}: donate is {type(donate).__name__}, expected True or False"
         )
-    targets = [x for key, some in lists.items() if key != "grads" for x in some]
-    if donate and len({id(x) for x in targets}) < len(targets):
+    if donate:
+        targets = [x for key, some in lists.items() if key != "grads" for x in some]
+        check_apart(name, targets)
+
+
+def check_apart(name: str, targets: Sequence[Tensor]) -> None:
+    """Raise if two tensors that are written over start at the same place in memory.
+
+    Raises:
+      ValueError: They do.
+    """
+    starts = [
+        (x.untyped_storage()._cdata, x.storage_offset() * x.element_size())
+        for x in targets
+        if x.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ]
+    if len({*starts}) < len(starts):
         raise ValueError(
             f"{name}: a tensor is in params or moments twice, and donate=True writes "
             "over it; pass each once, or donate=False"
@@ -218,6 +233,11 @@ def joined(value: float, tensor: Tensor | None, dtype: torch.dtype) -> float | T
     return value if tensor is None else tensor.to(dtype)
 
 
+def divisor(value: float, tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The same as what a tensor is divided by: CUDA multiplies by 1 / a number."""
+    return like.new_full((), value) if tensor is None else tensor.to(like.dtype)
+
+
 def split(value: float | Tensor | None) -> tuple[float, Tensor | None]:
     """A number and no tensor, or 1 and the tensor that stands for it; None is 1."""
     if isinstance(value, Tensor):
@@ -252,7 +272,7 @@ def options_of(
                 "global_norm(grads).finite"
             )
         check_shape(name, "finite", finite, ())
-    if copy_dtype is not None and not getattr(copy_dtype, "is_floating_point", False):
+    if copy_dtype is not None and copy_dtype not in DTYPES:
         raise TypeError(
             f"{name}: copy_dtype is {copy_dtype!r}, expected a floating dtype; type "
             "for example copy_dtype=torch.bfloat16"
@@ -286,5 +306,5 @@ def not_mapped(name: str) -> Callable[..., Any]:
 
 
 def fresh(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Contiguous tensors of these shapes, not written yet."""
-    return [x.new_empty(x.shape, dtype=dtype or x.dtype) for x in tensors]
+    """Tensors of these shapes and orders of dims, not written yet."""
+    return [torch.empty_like(x, dtype=dtype or x.dtype) for x in tensors]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import zfunc as zf
 from zfunc.core.errors import StructureError
 from zfunc.core.update import pure_update
 from zfunc.optim import (
@@ -78,3 +79,19 @@ def test_a_schedule_that_makes_its_tensor_on_the_cpu(make):
         assert tx.fused.applies(params)
         new, _ = pure_update(tx, params, tx.init(params), params)
     assert new.device.type == "cuda"
+
+
+@pytest.mark.parametrize("make", [adamw, lamb, lion, sgd])
+@pytest.mark.parametrize("gap", [1, 2])
+def test_the_strides_of_the_chain(make, gap):
+    """Parameters whose last dim is not the fastest keep that, and so do moments."""
+    params, found = torch.randn(5, 3 * gap, dtype=torch.float64)[:, ::gap].T, []
+    for kernels in ("reference", "triton"):
+        tx = make(0.1, kernels=kernels)
+        state = params, tx.init(params)
+        for _ in range(2):
+            state = pure_update(tx, params.contiguous(), state[1], state[0])
+        found.append(zf.tree_leaves(state))
+    for x, y in zip(*found, strict=True):
+        assert x.stride() == y.stride()
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
