@@ -132,6 +132,8 @@ class CudaClock:
     def launches(self, way: Way) -> int | None:
         """What the profiler sees on the device; None where it sees nothing."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
+        if not set(activities) <= torch.profiler.supported_activities():
+            return None
         torch.cuda.synchronize(self.device)  # what is still on its way is not counted
         with _quiet(), torch.profiler.profile(activities=activities) as profile:
             way()

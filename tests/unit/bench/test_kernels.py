@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from zfunc.bench import kernel_case, kernels_report
+from zfunc.bench import kernel_case, kernel_clock, kernels_report
 from zfunc.bench.kernel_case import OURS, Bar, Case, Way
 from zfunc.bench.kernel_clock import CpuClock, roof
 from zfunc.bench.kernels import (
@@ -59,6 +59,73 @@ def test_a_case_runs_and_its_results_agree(one):
 def test_a_full_case_is_far_larger_than_the_caches():
     for one in (*layer_cases(FULL), *optimizer_cases(FULL.num_params), *cpu_cases()):
         assert one.bytes > 256e6 or HOST in one.name, one.name
+
+
+def test_bytes_are_those_that_have_to_move():
+    """In bfloat16, as the issue and the page on kernels count them."""
+    bytes_ = {}
+    for one in layer_cases(FULL):
+        function, kind, *_ = one.name.split("/")
+        bytes_.setdefault(f"{function}/{kind}", set()).add(one.bytes / FULL.numel)
+    expected = {
+        "rms_norm": (4, 6),
+        "rms_norm-residual": (8, 8),
+        "layer_norm": (4, 6),
+        "layer_norm-residual": (8, 8),
+        "softmax": (4, 6),
+        "softmax-causal": (3, 4),
+        "swiglu": (6, 10),
+        "geglu": (6, 10),
+        "bias_gelu": (4, 6),
+        "bias_dropout_residual": (6, 4),
+        "rope": (4, 4),
+    }
+    for name, (forward, backward) in expected.items():
+        assert bytes_[f"{name}/forward"] == {forward}, name
+        assert bytes_[f"{name}/backward"] == {backward}, name
+    params = FULL.num_params
+    (adamw, *_), (lamb, *_) = (
+        [one.bytes / params for one in optimizer_cases(params) if name in one.name]
+        for name in ("adamw", "lamb")
+    )
+    assert (adamw, lamb) == (28, 40)
+
+
+def test_the_clock_of_a_gpu_calls_what_there_is(monkeypatch):
+    """With a stand-in for the device: names, and what is a difference of what."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at_ms = next(ticks)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at_ms - self.at_ms
+
+    ticks = iter((2.0, 5.0))
+    stand_ins = {
+        "Event": Event,
+        "_sleep": lambda cycles: None,
+        "synchronize": lambda device: None,
+        "memory_allocated": lambda device: 1000,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 1900,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(kernel_clock, "_FLUSHED_BYTES", 8)
+    clock = kernel_clock.CudaClock(CPU)
+    way = Way(torch.sin, (torch.ones(100),))
+    assert clock.device_s(way) == 3e-3
+    assert clock.host_s(way) > 0
+    assert clock.workspace_bytes(way) == 500
+    if not torch.cuda.is_available():
+        assert clock.launches(way) is None
 
 
 def test_names_are_unique():
