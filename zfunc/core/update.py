@@ -32,7 +32,7 @@ def pure_update(
     In one pass, with the same bits, where ``tx`` has a kernel for such parameters.
     Where ``finite`` is given and false, the parameters and moments are the old ones.
     """
-    if (fused := getattr(tx, "fused", None)) and fused.applies(params):
+    if (fused := getattr(tx, "fused", None)) and fused.applies(params, grads):
         return fused.step(grads, moments, params, finite)  # type: ignore[no-any-return]
     updates, *owned = tx.update(grads, moments, params)
 

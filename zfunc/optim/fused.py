@@ -24,32 +24,35 @@ Kernels = Literal["auto", "triton", "reference"]
 class Fused(NamedTuple):
     """A step in one pass: ``params, moments`` from the updates, without the updates.
 
-    ``applies(params)`` says, by dtypes and devices only, whether there is a kernel for
-    such parameters. ``step(updates, moments, params, finite, factor)`` returns the new
-    parameters and moments; ``finite`` false leaves both as they are, ``factor`` is what
-    the updates are multiplied by first (a clip's coefficient); either may be None.
+    ``applies(params, updates)`` says, by dtypes and devices only, whether there is a
+    kernel for such parameters and updates. ``step(updates, moments, params, finite,
+    factor)`` returns the new parameters and moments; ``finite`` false leaves both as
+    they are, ``factor`` is what the updates are multiplied by first (a clip's
+    coefficient); either may be None.
 
     Laws:
       ``apply_updates(params, tx.update(...)[0])`` and its moments, bitwise.
     """
 
-    applies: Callable[[PyTree], bool]
+    applies: Callable[..., bool]
     step: Callable[..., tuple[PyTree, PyTree]]
 
 
 def applies_to(
     name: str, kernels: Kernels, *, on_cpu: bool = False
-) -> Callable[[PyTree], bool]:
+) -> Callable[..., bool]:
     """Whether an optimizer's kernel runs, by what was asked for and the devices.
 
     Args:
       name: The optimizer, for messages.
-      kernels: "auto" is Triton where all parameters are on one CUDA device; "triton"
-        insists; "reference" is the chain of elementwise calls.
+      kernels: "auto" is Triton where all parameters are on one CUDA device, and the
+        updates are of the dtypes that the kernel takes; "triton" insists; "reference"
+        is the chain of elementwise calls.
       on_cpu: Whether "auto" has a pass for large trees on a CPU too.
 
     Returns:
-      ``params -> bool``; it raises ``ValueError`` where "triton" cannot be had.
+      ``(params, updates) -> bool``; it raises ``ValueError`` where "triton" cannot be
+      had.
 
     Raises:
       ValueError: Another ``kernels``.
@@ -64,16 +67,28 @@ def applies_to(
             "'reference'; leave it out for 'auto'"
         )
 
-    def applies(params: PyTree) -> bool:
+    def applies(params: PyTree, updates: PyTree = ()) -> bool:
         leaves = tree_leaves(params)
         one_device = len({x.device for x in leaves}) == 1
         if kernels == "reference" or (kernels == "auto" and not one_device):
+            return False
+        if kernels == "auto" and not _are_alike(leaves, tree_leaves(updates)):
             return False
         if kernels == "auto" and on_cpu and leaves[0].device.type == "cpu":
             return _is_worth_it(leaves)
         return bool(leaves) and bool(runs_triton(name, kernels, *leaves))
 
     return applies
+
+
+def _are_alike(params: Sequence[Tensor], updates: Sequence[Tensor]) -> bool:
+    """Whether arithmetic on each of the updates is in the dtype of its parameter's."""
+    return all(
+        torch.promote_types(u.dtype, torch.float32)
+        == torch.promote_types(p.dtype, torch.float32)
+        and u.is_floating_point()
+        for p, u in zip(params, updates, strict=False)
+    )
 
 
 def _is_worth_it(leaves: Sequence[Tensor]) -> bool:

@@ -95,3 +95,19 @@ def test_the_strides_of_the_chain(make, gap):
     for x, y in zip(*found, strict=True):
         assert x.stride() == y.stride()
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float64), (torch.float64, torch.float32)],
+    ids=["wider", "narrower"],
+)
+def test_gradients_that_no_kernel_takes(dtypes):
+    """The chain computes: "auto" refuses nothing that it does not."""
+    params, grads = (torch.full((1 << 20,), 0.5, dtype=x) for x in dtypes)
+    found = []
+    for kernels in ("reference", "auto"):
+        tx = chain(CLIP, adamw(0.1, kernels=kernels))
+        found.append(pure_update(tx, grads, tx.init(params), params)[0])
+    assert torch.equal(*found)
+    assert tx.fused.applies(params, params)
