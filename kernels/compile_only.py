@@ -325,6 +325,14 @@ def main(words: Sequence[str], found: Iterable[Configuration]) -> int:
     share, of = map(int, options.share.split("/"))
     prefixes = tuple(options.prefixes) or ("",)
     wanted = [one for one in found if one.name.startswith(prefixes)]
+    known = {str(architecture) for architecture in ARCHITECTURES}
+    if not wanted:
+        parser.error(f"nothing that ships begins with {' or '.join(prefixes)}")
+    if not known >= set(options.architectures.split(",")):
+        parser.error(
+            f"--architectures is {options.architectures}, expected some of "
+            f"{','.join(map(str, ARCHITECTURES))}"
+        )
     architectures = [int(word) for word in options.architectures.split(",")]
     code = 0
     for place, (one, architecture) in enumerate(product(wanted, architectures)):

@@ -164,11 +164,30 @@ def test_a_line_for_each_configuration_and_architecture(compiling, capsys):
     assert compile_only.main(["--share=1/2"], compiling) == 3
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["name"] == "bad/strided"
-    assert compile_only.main(["nothing"], compiling) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["swiglu", "nothing"], None),
+        (["nothing", "no_such"], "nothing that ships begins with nothing or no_such"),
+        (["swiglu", "--architectures=75"], "is 75, expected some of 80,90,100"),
+        (["swiglu", "--architectures=sm_90"], "is sm_90, expected some of 80,90,100"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_no_pass(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(compile_only, "compiled", lambda one, architecture: GOOD)
+    if said is None:
+        assert compile_only.main(words, swiglu.CONFIGURATIONS) == 0
+        return
+    with pytest.raises(SystemExit) as ended:
+        compile_only.main(words, swiglu.CONFIGURATIONS)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_compilation_that_fails_is_an_error():
-    with pytest.raises(RuntimeError, match="No module named tests.kernels.nothing"):
+    with pytest.raises(RuntimeError, match=r"No module named .*nothing"):
         compile_only.report(jobs=1, module="tests.kernels.nothing")
 
 
