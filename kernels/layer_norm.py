@@ -214,6 +214,7 @@ def layer_norm(
       ``layer_norm(x, s, b, residual=r)`` is ``(layer_norm(x + r, s, b), x + r)``.
 
     Examples:
+      >>> import torch
       >>> layer_norm(torch.tensor([1.0, 3.0]), torch.ones(2), eps=0.0)
       tensor([-1.,  1.])
       >>> y, total = layer_norm(torch.ones(2), None, residual=torch.ones(2))

@@ -32,6 +32,7 @@ from .library import (
     FirstOrder,
     Kernel,
     check_floating,
+    check_number,
     check_shape,
     compute_dtype,
     define,
@@ -342,10 +343,15 @@ def linear_cross_entropy(
       Hsu et al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024 (gradients in
       the forward). Wijmans et al., `Cut Your Losses
       <https://arxiv.org/abs/2411.09009>`_, 2024.
+
+    Differs from:
+      A backward of separate layers multiplies by its cotangent before it rounds. Here
+      that comes after, so a loss scale for float16 has to be in ``row_weights``.
     """
     name = "linear_cross_entropy"
     options = checked_options(name, label_smoothing, z_loss, ignore_index, softcap)
     _check(name, hidden, weight, targets, row_weights)
+    check_number(name, "workspace_bytes", workspace_bytes)
     if workspace_bytes < 1:
         raise ValueError(
             f"{name}: workspace_bytes is {workspace_bytes}, expected a positive number "

@@ -277,6 +277,7 @@ def test_the_peak_is_the_workspace_and_the_gradients(dtype, softcap, tmp_path):
         ({"row_weights": torch.ones(2).int()}, TypeError, "row_weights is"),
         ({"weight": torch.ones(4, 3).to("meta")}, ValueError, "one device"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes is 0"),
+        ({"workspace_bytes": "1"}, TypeError, "workspace_bytes is str, expected a num"),
         ({"label_smoothing": -0.5}, ValueError, r"-0\.5, expected a number in"),
         ({"kernel": "cuda"}, ValueError, 'type kernel="auto"'),
     ],

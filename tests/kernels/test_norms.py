@@ -376,3 +376,17 @@ def test_bad_input(fn, change, error, message):
 def test_a_bias_of_another_shape():
     with pytest.raises(ValueError, match=r"layer_norm: bias has shape \(1,\)"):
         layer_norm(torch.ones(2, 3), None, torch.ones(1))
+
+
+@BOTH
+def test_more_programs_for_each_sample_than_are_added_up_at_once(fn):
+    x, scale = torch.randn(2, 70, 1100), torch.randn(1100)
+    assert norm_rows.SUM_ROWS < 70
+
+    def gradients(kernel):
+        def loss(scale, x):
+            return fn(x, scale, kernel=kernel).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(scale, x)
+
+    close(gradients("triton"), gradients("reference"), 1e-5)
