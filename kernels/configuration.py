@@ -50,6 +50,7 @@ class Configuration:
       divisible: Integer parameters that are multiples of 16 in this specialisation.
       max_registers: What a thread may have, ``maxnreg``; None leaves it to ptxas, which
         may then spill for one more program on a multiprocessor.
+      streams: Whether there is a tensor that is read or written by 16 bytes at a time.
       narrow: How many global loads and stores of the PTX may be narrower than 16 bytes:
         those of scalars and indices, once per program or row, not of streams.
     """
@@ -64,3 +65,4 @@ class Configuration:
     divisible: tuple[str, ...] = ()
     narrow: int = 0
     max_registers: int | None = None
+    streams: bool = True

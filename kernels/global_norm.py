@@ -389,5 +389,6 @@ CONFIGURATIONS: Final = (
         {"BLOCK": SUM_BLOCK},
         NUM_WARPS,
         narrow=18,
+        streams=False,
     ),
 )

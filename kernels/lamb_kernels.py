@@ -337,5 +337,6 @@ CONFIGURATIONS: Final = (
         NUM_WARPS,
         fp_fusion=False,
         narrow=24,
+        streams=False,
     ),
 )

@@ -279,5 +279,6 @@ CONFIGURATIONS: Final = (
         {},
         num_warps=1,
         narrow=_FILLED,
+        streams=False,
     ),
 )

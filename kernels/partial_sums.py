@@ -140,6 +140,7 @@ def _configuration(name: str, columns: int, width: int, last: bool) -> Configura
         constants,
         NUM_WARPS,
         narrow=21,
+        streams=False,
     )
 
 

@@ -90,9 +90,11 @@ def _add_dropout(
     keys: Tensor | None, site: int, h: Tensor, x: Tensor, config: GPTConfig
 ) -> Tensor:
     """``x + dropout(h)``, in one pass over them."""
-    key = None if keys is None else random.fold_in(keys, site)
-    rate = 0.0 if keys is None else config.dropout
-    y: Tensor = bias_dropout_residual(h, None, x, key, rate, kernel=config.kernels)
+    if keys is None:
+        return x + h
+    options: Any = {"rate": config.dropout, "kernel": config.kernels}
+    key = random.fold_in(keys, site)
+    y: Tensor = bias_dropout_residual(h, None, x, key, **options)
     return y
 
 

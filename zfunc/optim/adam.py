@@ -31,7 +31,8 @@ def adam(
       weight_decay: :math:`\lambda`, at least 0.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
         CUDA device, and of 2^20 elements or more as one pass in C++ on a CPU; "triton"
-        insists on the first, "reference" is neither; the same bits.
+        asks for the first (where this is the end of a chain), "reference" for neither;
+        the same bits.
 
     Returns:
       The optimizer: ``chain(add_decayed_weights, scale_by_adam,

@@ -33,7 +33,8 @@ def adamw(
         ``decay_matrices``.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
         CUDA device, and of 2^20 elements or more as one pass in C++ on a CPU; "triton"
-        insists on the first, "reference" is neither; the same bits.
+        asks for the first (where this is the end of a chain), "reference" for neither;
+        the same bits.
 
     Returns:
       The optimizer: ``chain(scale_by_adam, add_decayed_weights,

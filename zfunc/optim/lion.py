@@ -32,7 +32,8 @@ def lion(
       mask: Which leaves decay, ``(path, leaf) -> bool``; all if None. The usual one is
         ``decay_matrices``.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
-        CUDA device, "triton" insists on it, "reference" never does; the same bits.
+        CUDA device, "triton" asks for it (if this is the end of a chain), "reference"
+        never does; the same bits.
 
     Returns:
       The optimizer: ``chain(scale_by_lion, add_decayed_weights,

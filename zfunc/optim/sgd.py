@@ -33,7 +33,8 @@ def sgd(
       weight_decay: :math:`\lambda`, at least 0.
       dampening: See ``trace``.
       kernels: "auto" runs the step as one Triton kernel where the parameters are on a
-        CUDA device, "triton" insists on it, "reference" never does; the same bits.
+        CUDA device, "triton" asks for it (if this is the end of a chain), "reference"
+        never does; the same bits.
 
     Returns:
       The optimizer: ``chain(add_decayed_weights, trace, scale_by_learning_rate)``.

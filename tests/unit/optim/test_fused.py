@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import zfunc as zf
 from zfunc.core.tree import tree_structure
 from zfunc.core.update import consuming_update, pure_update
+from zfunc.kernels.adamw import adamw as kernel
 from zfunc.optim import (
     adam,
     adamw,
@@ -25,6 +26,9 @@ from zfunc.optim import (
     sgd,
     warmup_linear,
 )
+from zfunc.program.backends import aten
+from zfunc.program.inplace import write_over
+from zfunc.program.pure import lowered
 from zfunc.testing import simulate, split_batch
 
 
@@ -202,6 +206,22 @@ def test_lamb_on_a_mesh(zero):
         states.append(sim(state, split_batch(batch, {"data": 2})))
     for x, y in zip(*map(zf.tree_leaves, states), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("reads", ["nothing", "param", "view", "moment"])
+def test_what_is_read_afterwards_is_not_written_over(reads):
+    def run(grad, state):
+        p, m, n = state
+        done = kernel([p], [grad], [m], [n], **options)
+        late = {"param": p, "view": p[1:].sin(), "moment": n, "nothing": grad}[reads]
+        return done.params[0], done.mu[0], done.nu[0] + late.sum()
+
+    options = {"learning_rate": 0.1, "weight1": 0.1, "weight2": 0.1, "kernel": "triton"}
+    grad, state = torch.randn(9), tuple(torch.rand(9) for _ in "pmn")
+    program = write_over(lowered(run, grad, state))
+    assert ("zfunc.adamw_" in program.as_text()) is (reads == "nothing")
+    expected = run(grad, state)
+    equal(tuple(program.run_by(aten.compile_graph)([grad, *state])), expected)
 
 
 def test_messages():
