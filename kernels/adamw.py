@@ -29,6 +29,7 @@ from . import adamw_cpu
 from .adamw_kernel import update
 from .library import (
     Kernel,
+    at_once,
     check_floating,
     check_shape,
     define,
@@ -211,6 +212,8 @@ donated_op: Final = define(
     fake=_like_new,
     vmap=not_mapped("adamw"),
 )
+_pure_now: Final = at_once(pure_op, _pure)
+_donated_now: Final = at_once(donated_op, _donated)
 
 
 def adamw(
@@ -328,9 +331,9 @@ def adamw(
         old = lists[0], lists[2], lists[3], lists[4] or new.copies
         return AdamWResult(*written(donate, old, new))
     if donate:
-        made = donated_op(*lists, *options, *how)
+        made = _donated_now(*lists, *options, *how)
         return AdamWResult(lists[0], *lists[2:4], lists[4] or made)
-    new = pure_op(*lists, *options, *how)
+    new = _pure_now(*lists, *options, *how)
     return AdamWResult(*(new[at : at + n] for at in range(0, 4 * n, n)))
 
 

@@ -35,17 +35,20 @@ _FLAGS: Final = (
     "-std=c++17",
     "-O3",
     "-march=native",
+    "-mprefer-vector-width=512",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp",
-    "-shared",
     "-fPIC",
 )
 _SOURCE: Final = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 static inline uint32_t bits_of(float x) {
   uint32_t u;
@@ -89,10 +92,23 @@ struct half {
 // Through float, as torch narrows float64.
 template <typename T> static inline T narrow(double x) { return T(float(x)); }
 template <> inline double narrow<double>(double x) { return x; }
+constexpr int64_t RUN = 512;
 static inline W widen(double x) { return W(x); }
 static inline W widen(float x) { return W(x); }
 static inline W widen(bf16 x) { return W(float(x)); }
 static inline W widen(half x) { return W(float(x)); }
+
+// To memory, past the caches: a copy that nobody reads soon is not fetched first.
+static inline void stream(void* to, const void* from, int64_t bytes) {
+  int64_t done = 0;
+#ifdef __SSE2__
+  if ((uintptr_t)to % 16 == 0)
+    for (; done + 16 <= bytes; done += 16)
+      _mm_stream_si128((__m128i*)((char*)to + done),
+                       _mm_load_si128((const __m128i*)((const char*)from + done)));
+#endif
+  std::memcpy((char*)to + done, (const char*)from + done, bytes - done);
+}
 
 // One run of elements; the arrays of a donated update are the same in and out.
 static void update(const P* p, const G* g, const W* m, const W* n, P* p_out, W* m_out,
@@ -101,6 +117,7 @@ static void update(const P* p, const G* g, const W* m, const W* n, P* p_out, W* 
   const W rate = -W(s[0]), coefficient = W(s[1]), weight1 = W(s[2]), weight2 = W(s[3]);
   const W keep1 = W(s[4]), new1 = W(s[5]), keep2 = W(s[6]), new2 = W(s[7]);
   const W eps = W(s[8]), before = coupled ? lambda : 0, after = coupled ? 0 : lambda;
+  alignas(64) C copies[COPIED ? RUN : 1];
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     W old = widen(p[i]), x = widen(g[i]) * coefficient;
@@ -114,8 +131,9 @@ static void update(const P* p, const G* g, const W* m, const W* n, P* p_out, W* 
     p_out[i] = result;
     m_out[i] = mean;
     n_out[i] = square;
-    if (COPIED) c_out[i] = narrow<C>(widen(result));
+    if (COPIED) copies[i] = narrow<C>(widen(result));
   }
+  if (COPIED) stream(c_out, copies, count * sizeof(C));
 }
 
 // The rows of the table: first chunks, elements, an address per column, places, decays
@@ -136,10 +154,15 @@ extern "C" void adamw(const int64_t* table, int64_t tensors, int64_t chunks,
     auto row = [&](int64_t i) { return table[i * tensors + low]; };
     double lambda;
     std::memcpy(&lambda, table + (3 + columns) * tensors + low, sizeof lambda);
-    update((P*)row(2) + at, (G*)row(3) + at, (W*)row(4) + at, (W*)row(5) + at,
-           (P*)row(6) + at, (W*)row(7) + at, (W*)row(8) + at,
-           COPIED ? (C*)row(9) + at : nullptr, left < size ? left : size, numbers,
-           lambda, coupled);
+    int64_t end = at + (left < size ? left : size);
+    for (int64_t step = COPIED ? RUN : end - at; at < end; at += step)
+      update((P*)row(2) + at, (G*)row(3) + at, (W*)row(4) + at, (W*)row(5) + at,
+             (P*)row(6) + at, (W*)row(7) + at, (W*)row(8) + at,
+             COPIED ? (C*)row(9) + at : nullptr, end - at < step ? end - at : step,
+             numbers, lambda, coupled);
+#ifdef __SSE2__
+    if (COPIED) _mm_sfence();
+#endif
   }
 }
 """
@@ -161,18 +184,20 @@ def library(defines: tuple[str, ...]) -> Any:
         logger.info("no C++ compiler was found; AdamW on the CPU computes by torch")
         return None
     with tempfile.TemporaryDirectory(prefix="zfunc-") as folder:
-        source, target = Path(folder, "adamw.cpp"), Path(folder, "adamw.so")
+        source, made, target = (Path(folder, f"adamw.{x}") for x in ("cpp", "o", "so"))
         source.write_text(_SOURCE)
         macros = [f"-D{x}" for x in defines]
-        command = [found, *_FLAGS, *macros, str(source), "-o", str(target)]
+        compiling = [found, *_FLAGS, *macros, "-c", str(source), "-o", str(made)]
+        # Without a library of threads of its own: those of torch are there already,
+        # and two sets of them wait for each other's cores.
+        linking = [found, "-shared", str(made), "-o", str(target)]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            for command in (compiling, linking):
+                subprocess.run(command, check=True, capture_output=True, text=True)
             function = ctypes.CDLL(str(target)).adamw
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", None) or error
-            logger.warning(
-                "%s did not build AdamW, torch computes it: %s", command, why
-            )
+            logger.warning("%s did not build AdamW, torch computes it: %s", found, why)
             return None
     number, flag = ctypes.c_int64, ctypes.c_int
     function.argtypes = [ctypes.c_void_p, number, number, number, flag, flag]

@@ -84,11 +84,11 @@ def chunked(numels: Sequence[int], block: int = BLOCK) -> tuple[int, list[int]]:
       >>> chunked([2**31])
       (64, [0, 32768])
     """
-    total = sum(triton.cdiv(numel, block) for numel in numels)
-    blocks = min(max(triton.cdiv(total, _PROGRAMS), 1), _MOST_BLOCKS)
+    total = sum(-(-numel // block) for numel in numels)
+    blocks = min(max(-(-total // _PROGRAMS), 1), _MOST_BLOCKS)
     starts = [0]
     for numel in numels:
-        starts.append(starts[-1] + triton.cdiv(numel, block * blocks))
+        starts.append(starts[-1] - (-numel // (block * blocks)))
     return blocks, starts
 
 

@@ -5,6 +5,7 @@ The first launch leaves numbers for every chunk of a ``multi_tensor.Table``; her
 are added up tensor by tensor, in float64, without atomics: the same bits every time.
 """
 
+import functools
 from typing import Final, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ SUM_BLOCK: Final = 1024  # partial sums at a time
 NUM_WARPS: Final = 4
 
 
+@functools.cache
 def triton_type(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a dtype, as a constant of a kernel."""
     return tl.dtype(pointer(dtype)[1:])

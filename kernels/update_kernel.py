@@ -42,7 +42,7 @@ class Group(NamedTuple):
       table: Where they are: the columns, a row of their places in the lists, a row of
         their weight decays; then the numbers.
       constants: ``TYPES`` of the columns, ``WIDE``, ``BLOCK``, ``EMULATE``.
-      targets: What was to be written, beside what is.
+      targets: What was to be written, beside what is in its place.
       columns: What the table points to.
     """
 
@@ -54,8 +54,7 @@ class Group(NamedTuple):
     def finish(self) -> None:
         """After the launch: copy to the targets that are not contiguous."""
         for target, dense in self.targets:
-            if target is not dense:
-                target.copy_(dense)
+            target.copy_(dense)
 
 
 def groups(
@@ -74,21 +73,7 @@ def groups(
     """
     found = []
     for group in by_dtypes([*reads, *writes]):
-        rows = {i: [column[i] for column in (*reads, *writes)] for i in group}
-        as_is = {i for i in group if _in_one_order(rows[i])}
-        places = [(column[i], i) for column in writes for i in group]
-        targets = [x for x, _ in places]
-        dense = [
-            x if i in as_is or x.is_contiguous() else x.new_empty(x.shape)
-            for x, i in places
-        ]
-        columns = [
-            [column[i] if i in as_is else column[i].contiguous() for i in group]
-            for column in reads
-        ]
-        columns += [
-            dense[at : at + len(group)] for at in range(0, len(dense), len(group))
-        ]
+        columns, targets = _dense(reads, writes, group)
         own = [group, [bits(decay[i]) for i in group]]
         tab = table(columns, own, [bits(x) for x in numbers])
         constants = {
@@ -97,10 +82,32 @@ def groups(
             "BLOCK": BLOCK,
             "EMULATE": interpreting(),
         }
-        found.append(
-            Group(tab, constants, list(zip(targets, dense, strict=True)), columns)
-        )
+        found.append(Group(tab, constants, targets, columns))
     return found
+
+
+def _dense(
+    reads: Sequence[Sequence[Tensor]],
+    writes: Sequence[Sequence[Tensor]],
+    group: Sequence[int],
+) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The columns of a group as a kernel takes them, and what to copy afterwards.
+
+    Elements of equal indices are at equal places in each.
+    """
+    columns = [[column[i] for i in group] for column in (*reads, *writes)]
+    if all(x.is_contiguous() for tensors in columns for x in tensors):
+        return columns, []
+    as_is = [_in_one_order(row) for row in zip(*columns, strict=True)]
+    targets = []
+    for k, tensors in enumerate(columns):
+        for i, x in enumerate(tensors):
+            if as_is[i] or x.is_contiguous():
+                continue
+            tensors[i] = x.contiguous() if k < len(reads) else x.new_empty(x.shape)
+            if k >= len(reads):
+                targets.append((x, tensors[i]))
+    return columns, targets
 
 
 def _in_one_order(tensors: Sequence[Tensor]) -> bool:

@@ -40,10 +40,9 @@ def check_lists(
                 f"{name}: {argument} has {len(tensors)} tensors, expected "
                 f"{len(params)} as params"
             )
-        check_floating(name, **{f"{argument}[{i}]": x for i, x in enumerate(tensors)})
-        for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
-            check_shape(name, f"{argument}[{i}]", x, tuple(p.shape))
-            _check_dtype(name, argument, i, x, compute_dtype(p.dtype))
+    if not _fit(list(lists.values())):
+        for argument, tensors in lists.items():
+            _check_each(name, argument, tensors, params)
     if not isinstance(donate, bool):
         raise TypeError(
             f"{name}: donate is {type(donate).__name__}, expected True or False"
@@ -53,17 +52,42 @@ def check_lists(
         check_apart(name, targets)
 
 
+def _fit(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether all is well, at a tenth of the time that it takes to say what is not."""
+    dtypes = set()
+    for row in zip(*lists, strict=True):
+        if not all(isinstance(x, Tensor) for x in row):
+            return False
+        shape = row[0].shape
+        if any(x.shape != shape or x.layout is not torch.strided for x in row):
+            return False
+        dtypes.add(tuple([x.dtype for x in row]))
+    for p, g, *moments in dtypes:
+        if p not in DTYPES or g not in DTYPES:
+            return False
+        if {compute_dtype(g), *moments} != {compute_dtype(p)}:
+            return False
+    return True
+
+
+def _check_each(name: str, argument: str, tensors: Any, params: Any) -> None:
+    check_floating(name, **{f"{argument}[{i}]": x for i, x in enumerate(tensors)})
+    for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
+        check_shape(name, f"{argument}[{i}]", x, tuple(p.shape))
+        _check_dtype(name, argument, i, x, compute_dtype(p.dtype))
+
+
 def check_apart(name: str, targets: Sequence[Tensor]) -> None:
     """Raise if two tensors that are written over start at the same place in memory.
 
     Raises:
       ValueError: They do.
     """
-    starts = [
-        (x.untyped_storage()._cdata, x.storage_offset() * x.element_size())
-        for x in targets
-        if x.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    ]
+    try:
+        plain = (x for x in targets if type(x) in (Tensor, torch.nn.Parameter))
+        starts = [x.data_ptr() for x in plain if x.numel()]
+    except RuntimeError:
+        return  # under a transformation, or traced: tensors without memory
     if len({*starts}) < len(starts):
         raise ValueError(
             f"{name}: a tensor is in params or moments twice, and donate=True writes "

@@ -239,7 +239,7 @@ def test_copies_are_donated():
 @pytest.mark.parametrize("copies", [[], [torch.ones(3).half()]])
 def test_the_operator_in_place_returns_what_is_new(copies):
     x = [[torch.ones(3)] for _ in range(4)]
-    with mock.patch.object(module, "donated_op", wraps=module.donated_op) as op:
+    with mock.patch.object(module, "_donated_now", wraps=module.donated_op) as op:
         adamw(*x, learning_rate=0.1, copies=copies, donate=True, kernel="triton")
         adamw(*x, learning_rate=0.1, copy_dtype=HALF, donate=True, kernel="triton")
     for call, new in zip(op.call_args_list, ([], [HALF]), strict=True):
