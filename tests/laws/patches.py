@@ -28,16 +28,16 @@ accumulate, donation, fixed_order, gathered, partition, precision, remat = (
         "remat",
     )
 )
-adafactor, adam, clip, lamb, muon, orthogonal, sgd, whole = (
+adafactor, clip, lamb, muon, orthogonal, scale_by_adam, trace, whole = (
     importlib.import_module(f"zfunc.optim.{name}")
     for name in (
         "adafactor",
-        "adam",
         "clip",
         "lamb",
         "muon",
         "orthogonal",
-        "sgd",
+        "scale_by_adam",
+        "trace",
         "whole",
     )
 )
@@ -316,8 +316,8 @@ def moments_in_another_leaf_order(patch):
         leaves, spec = tree_flatten(params)
         return tree_unflatten(spec, [torch.zeros_like(x) for x in reversed(leaves)])
 
-    patch.setattr(adam, "zeros_wide", reversed_zeros)
-    patch.setattr(sgd, "zeros_wide", reversed_zeros)
+    patch.setattr(scale_by_adam, "zeros_wide", reversed_zeros)
+    patch.setattr(trace, "zeros_wide", reversed_zeros)
 
 
 def donation_leaves_the_old_state_alive(patch):
