@@ -15,6 +15,7 @@ bfloat16), backward 1 read and 1 written (4 B); the gradient of the residual is 
 that comes in.
 """
 
+import dataclasses
 import struct
 from typing import Any, Final
 
@@ -49,6 +50,7 @@ from .library import (
 )
 
 NAME: Final = "bias_dropout_residual"
+BACKWARD_REGISTERS: Final = 104  # ptxas alone may take 96, and spill
 
 
 def bias_dropout_residual_reference(
@@ -217,6 +219,7 @@ def _backward(
     partial = tiles.partial(grad) if bias else None
     if grad.numel() > 0:
         outputs, dropout = (x_grad, partial), _dropout(grad, keys, rate)
+        dropout["maxnreg"] = BACKWARD_REGISTERS
         launch(_backward_kernel, (grad, keys), outputs, tiles, tiles.span, **dropout)
     if grad.numel() > 0 and partial is not None:
         return x_grad, finish(partial, grad.dtype)
@@ -375,7 +378,9 @@ _KERNELS: Final = (
     ("backward", _backward_kernel, ("grad_ptr", "x_grad_ptr"), ("partial_ptr",), 3),
 )
 CONFIGURATIONS: Final = tuple(
-    one
+    dataclasses.replace(
+        one, max_registers=BACKWARD_REGISTERS if kind == "backward" else None
+    )
     for keys in ("one", "rows")
     for kind, kernel, pointers, sums, narrow in _KERNELS
     for one in configurations(

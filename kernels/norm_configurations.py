@@ -56,7 +56,7 @@ def _shipped(
         norm["BLOCK"] = norm_rows.CHUNK
         yield of("forward", norm_forward.forward_chunks, norm, 16, 1 + centred)
     else:
-        registers = norm_rows.forward_registers(num_warps)
+        registers = norm_rows.forward_registers(block)
         kernel = norm_forward.forward_rows
         yield of("forward", kernel, norm, num_warps, 1 + centred, registers)
     if columns > norm_rows.FORWARD_COLUMNS:
@@ -70,7 +70,9 @@ def _shipped(
     pair = columns <= 2 * tile.columns
     if pair:
         pointers |= {"slope_ptr": None, "shift_ptr": None}
-    yield of("backward", norm_backward.backward_segments, constants, tile.num_warps, 4)
+    registers = norm_rows.segment_registers(dtype.itemsize, centred)
+    kernel = norm_backward.backward_segments
+    yield of("backward", kernel, constants, tile.num_warps, 4, registers)
     if not pair and not residual:
         slopes = wide | {"BLOCK": norm_rows.CHUNK}
         registers = norm_rows.slope_registers(dtype.itemsize, centred)

@@ -74,14 +74,19 @@ def forward_columns(itemsize: int, centred: bool) -> int:
     return FORWARD_COLUMNS // (1 + (centred and itemsize > 2))
 
 
-def forward_registers(num_warps: int) -> int | None:
+def forward_registers(block: int) -> int | None:
     """What a thread of the forward may have, where ptxas alone takes too few."""
-    return 64 if num_warps == 16 else None
+    return 64 if FORWARD_TILE < block < FORWARD_COLUMNS else None
+
+
+def segment_registers(itemsize: int, centred: bool) -> int | None:
+    """What a thread of ``backward_segments`` may have, likewise."""
+    return 64 if itemsize > 2 and centred else None
 
 
 def slope_registers(itemsize: int, centred: bool) -> int | None:
     """What a thread of ``slopes`` may have, likewise."""
-    return 64 if itemsize == 2 and not centred else None
+    return (80 if centred else 64) if itemsize == 2 else None
 
 
 def backward_tile(columns: int, itemsize: int) -> Tile:
@@ -151,7 +156,7 @@ def forward(
         block,
         num_warps=num_warps,
         enable_fp_fusion=True,
-        maxnreg=forward_registers(num_warps),
+        maxnreg=forward_registers(block),
     )
     return results
 
@@ -296,6 +301,7 @@ def _backward_segments(
         tile.columns,
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
+        maxnreg=segment_registers(grads[0].itemsize, mean is not None),
     )
 
 

@@ -158,8 +158,14 @@ def update(
             NUMBERS=len(values),
             **group.constants,
             enable_fp_fusion=False,
+            maxnreg=_registers(group.columns[1][0].dtype),
         )
         group.finish()
+
+
+def _registers(grad: torch.dtype) -> int | None:
+    """What a thread may have, where ptxas alone may take 64 and spill."""
+    return 72 if grad.itemsize == 2 else None
 
 
 @triton.jit
@@ -341,6 +347,7 @@ def update_configurations(
                 constants,
                 NUM_WARPS,
                 fp_fusion=False,
+                max_registers=_registers(dtypes[1]),
                 # The last block of a chunk, and a few numbers, by the element.
                 narrow=9 * len(constants["TYPES"]) + numbers + 5 + 2 * ratios,
             )

@@ -2,14 +2,12 @@
 """The gate over everything that ships, and the gate over what must not."""
 
 import ast
-import dataclasses
 import importlib
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from triton.runtime.jit import JITFunction
 
 from tests.kernels.spilling import CONFIGURATIONS
 from zfunc.kernels import compile_only, swiglu
@@ -138,30 +136,25 @@ def test_missing_tools_are_named(monkeypatch, tmp_path):
         compile_only._tool()
 
 
-@pytest.fixture
-def compiling(monkeypatch):
-    """The copy, as a function that compiles beside the interpreter."""
-    monkeypatch.setattr(compile_only, "interpreting", lambda: False)
-    good, strided, _ = (
-        dataclasses.replace(one, kernel=JITFunction(one.kernel.fn))
-        for one in CONFIGURATIONS
-    )
-    return good, strided
+def test_what_ptxas_says_is_read():
+    (row,) = compile_only.report(["good"], jobs=1, module="tests.kernels.spilling")
+    assert 8 <= row.resources.registers <= 64
+    expected = GOOD._replace(registers=row.resources.registers, wide=4)
+    assert row.resources == expected  # 1024 elements of 4 bytes by 128 threads
 
 
-def test_what_ptxas_says_is_read(compiling):
-    found = compile_only.compiled(compiling[0], 90)
-    assert 8 <= found.registers <= 64
-    expected = GOOD._replace(registers=found.registers, wide=4)
-    assert found == expected  # 1024 elements of 4 bytes by 128 threads, in and out
+def test_a_line_for_each_configuration_and_architecture(monkeypatch, capsys):
+    def compiled(one, architecture):
+        wide = 1 if one.name == "good/copy" else 0
+        return GOOD._replace(architecture=architecture, wide=wide)
 
-
-def test_a_line_for_each_configuration_and_architecture(compiling, capsys):
-    assert compile_only.main(["good", "--architectures=80,90"], compiling) == 0
+    monkeypatch.setattr(compile_only, "compiled", compiled)
+    pair = CONFIGURATIONS[:2]
+    assert compile_only.main(["good", "--architectures=80,90"], pair) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["resources"]["architecture"] for line in lines] == [80, 90]
     assert {line["occupancy"] for line in lines} == {1.0}
-    assert compile_only.main(["--share=1/2"], compiling) == 3
+    assert compile_only.main(["--share=1/2"], pair) == 3
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["name"] == "bad/strided"
 
