@@ -30,6 +30,7 @@ from .cross_entropy_reference import (
     rowwise,
     slopes_reference,
 )
+from .gated import dense_like
 from .library import (
     FirstOrder,
     Kernel,
@@ -143,10 +144,6 @@ def _like_rows(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.new_empty(targets.shape, dtype=compute_dtype(logits.dtype))
 
 
-def _dense_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 _OPTIONS: Final = (
     "float label_smoothing, float z_loss, int ignore_index, float? softcap"
 )
@@ -166,7 +163,7 @@ fused_op: Final = define(
     _fused,
     fake=lambda cotangents, logits, targets, *_: (
         _like_rows(logits, targets),
-        _dense_like(logits),
+        dense_like(logits),
     ),
     vmap=rowwise(lambda: fused_op, 2),
 )
@@ -174,7 +171,7 @@ slopes_op: Final = define(
     "cross_entropy_slopes(Tensor cotangents, Tensor logits, Tensor targets, "
     f"Tensor logsumexp, int first, int size, {_OPTIONS}) -> Tensor",
     _slopes,
-    fake=lambda cotangents, logits, *_: _dense_like(logits),
+    fake=lambda cotangents, logits, *_: dense_like(logits),
     vmap=rowwise(lambda: slopes_op, 1),
 )
 _transposed: Final = pullback(slopes_op)

@@ -3,7 +3,9 @@
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
+
+from zfunc.models.layers import Kernels
 
 _POSITIVE = (
     *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"),
@@ -14,7 +16,7 @@ _CHOICES: Final = MappingProxyType(
     {
         "norm": ("rms", "layer"),
         "mlp": ("swiglu", "gelu"),
-        "kernels": ("auto", "triton", "reference"),
+        "kernels": get_args(Kernels),
     }
 )
 
@@ -73,7 +75,7 @@ class GPTConfig:
     max_seq_len: int = 512
     dropout: float = 0.0
     norm_eps: float = 1e-5
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         """Check every field; the first one that is wrong is the error."""

@@ -8,7 +8,7 @@ whoever writes ``adamw(3e-4)`` gets it, and a chain that ends in one has it too.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from zfunc.core.tree import PyTree, tree_leaves, tree_map
 from zfunc.core.update import widen
 from zfunc.kernels.adamw_cpu import WORTH_NUMEL
-from zfunc.kernels.library import runs_triton
+from zfunc.kernels.library import compute_dtype, runs_triton
 
 Kernels = Literal["auto", "triton", "reference"]
 
@@ -61,7 +61,7 @@ def applies_to(
       >>> applies_to("adamw", "auto")({"w": torch.ones(2)})
       False
     """
-    if kernels not in ("auto", "triton", "reference"):
+    if kernels not in get_args(Kernels):
         raise ValueError(
             f"{name}: kernels is {kernels!r}, expected 'auto', 'triton' or "
             "'reference'; leave it out for 'auto'"
@@ -69,14 +69,21 @@ def applies_to(
 
     def applies(params: PyTree, updates: PyTree = ()) -> bool:
         leaves = tree_leaves(params)
-        one_device = len({x.device for x in leaves}) == 1
-        if kernels == "reference" or (kernels == "auto" and not one_device):
+        if kernels == "reference" or not leaves:
             return False
-        if kernels == "auto" and not _are_alike(leaves, tree_leaves(updates)):
-            return False
-        if kernels == "auto" and on_cpu and leaves[0].device.type == "cpu":
-            return _is_worth_it(leaves)
-        return bool(leaves) and bool(runs_triton(name, kernels, *leaves))
+        if kernels == "triton":
+            return bool(runs_triton(name, kernels, *leaves))
+        # Every step asks: what is quick to say first, leaf by leaf only if need be.
+        device = leaves[0].device
+        if device.type == "cpu":
+            there = on_cpu and _is_worth_it(leaves)
+        else:
+            there = device.type == "cuda"
+        return (
+            there
+            and all(x.device == device for x in leaves)
+            and _are_alike(leaves, tree_leaves(updates))
+        )
 
     return applies
 
@@ -84,18 +91,16 @@ def applies_to(
 def _are_alike(params: Sequence[Tensor], updates: Sequence[Tensor]) -> bool:
     """Whether arithmetic on each of the updates is in the dtype of its parameter's."""
     return all(
-        torch.promote_types(u.dtype, torch.float32)
-        == torch.promote_types(p.dtype, torch.float32)
-        and u.is_floating_point()
+        u.is_floating_point() and compute_dtype(u.dtype) == compute_dtype(p.dtype)
         for p, u in zip(params, updates, strict=False)
     )
 
 
 def _is_worth_it(leaves: Sequence[Tensor]) -> bool:
     """Whether a pass over such tensors on a CPU is worth a call; not under vmap."""
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
+    if sum(x.numel() for x in leaves) < WORTH_NUMEL:
         return False
-    return sum(x.numel() for x in leaves) >= int(WORTH_NUMEL)
+    return not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves)
 
 
 def chained(parts: Sequence[Any], check: Callable[[PyTree], None]) -> Fused | None:

@@ -25,7 +25,8 @@ from zfunc.optim.base import (
 from zfunc.optim.checks import check_number
 from zfunc.optim.decay import Mask, add_decayed_weights
 from zfunc.optim.fused import Kernels
-from zfunc.optim.one_pass_lamb import two_passes
+from zfunc.optim.one_pass import adam_outline, one_pass
+from zfunc.optim.one_pass_lamb import lamb_rule
 from zfunc.optim.scale_by_adam import ScaleByAdamMoments, scale_by_adam
 from zfunc.optim.schedules import Schedule, scale_by_learning_rate
 from zfunc.optim.whole import placed_leaves, square_sum, sum_over_ranks
@@ -183,16 +184,14 @@ def lamb(
         scale_by_trust_ratio(max_coeff, min_coeff),
         scale_by_learning_rate(learning_rate),
     )
-    fused = two_passes(
-        *(
-            learning_rate,
-            (float(b1), float(b2)),
-            float(eps),
-            weight_decay,
-            mask,
-            bias_correction,
-        ),
-        *((max_coeff, min_coeff), kernels),
+    rule = lamb_rule(
+        *(float(b1), float(b2), float(eps)),
+        bias_correction=bias_correction,
+        max_coeff=max_coeff,
+        min_coeff=min_coeff,
+    )
+    fused = one_pass(
+        *("lamb", learning_rate, weight_decay, mask, kernels, adam_outline, rule)
     )
     # Not in halves: what a donated step computes is what a pure one does.
     return parts._replace(fused=fused, halves=())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``adam``, ``adamw``, ``lion`` and ``sgd`` as a pass from gradient to parameter.
 
-Each of them is a direction, a decay and a learning rate. ``one_pass`` reads the moments
-of these three parts, has a rule run the kernel, and puts together what the parts of the
-chain would have returned.
+Each of them is a direction, a decay and a learning rate (LAMB's trust ratio is one more
+part). ``one_pass`` reads the moments of these parts, has a rule run the kernel, and
+puts together what the parts of the chain would have returned.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ from zfunc.optim.schedules import (
 from zfunc.optim.trace import TraceMoments
 
 # (moments of the direction, params, grads, options of the kernel)
-# -> (new params, new moments of the direction)
-Rule = Callable[[Any, list[Tensor], list[Tensor], dict[str, Any]], tuple[Any, Any]]
+# -> (the leaves of the new params, new moments of the direction)
+Rule = Callable[[Any, PyTree, PyTree, dict[str, Any]], tuple[Any, Any]]
 
 
 def one_pass(
@@ -46,7 +46,8 @@ def one_pass(
     """The step of a chain of a direction, a decay and a learning rate.
 
     Args:
-      name: The optimizer; of "adam" and "sgd" the decay comes before the direction.
+      name: The optimizer; of "adam" and "sgd" the decay comes before the direction, of
+        "lamb" there is a trust ratio before the learning rate.
       learning_rate: As in the optimizer; the chain has checked it, and what follows.
       weight_decay: Likewise.
       mask: Likewise.
@@ -58,9 +59,11 @@ def one_pass(
       The step.
 
     Laws:
-      The bits of the chain of these parts, ``apply_updates`` included.
+      What the rule promises: the bits of the chain of these parts, ``apply_updates``
+      included (of LAMB within the roundings of its norms).
     """
     schedule, place = as_schedule(learning_rate), int(name in ("adam", "sgd"))
+    units: list[PyTree] = [()] * (3 if name == "lamb" else 2)
 
     def step(
         updates: PyTree,
@@ -70,10 +73,10 @@ def one_pass(
         factor: Tensor | None = None,
     ) -> tuple[PyTree, PyTree]:
         check_updates(params, updates)
-        expected: list[PyTree] = [(), (), ScaleByLearningRateMoments(LEAF)]
+        expected = [*units, ScaleByLearningRateMoments(LEAF)]
         expected[place] = outline(updates)
         check_moments(name, tuple(expected), moments)
-        before, rate = moments[place], moments[2]
+        before, rate = moments[place], moments[-1]
         options = {
             "learning_rate": rate_at(schedule, rate.count),
             "weight_decay": decays(weight_decay, mask, params),
@@ -81,12 +84,10 @@ def one_pass(
             "finite": finite,
             "kernel": kernels,
         }
-        leaves, new = rule(before, tree_leaves(params), tree_leaves(updates), options)
-        after: list[PyTree] = [(), (), None]
+        leaves, new = rule(before, params, updates, options)
+        count = chosen(finite, rate.count + 1, rate.count)
+        after = [*units, ScaleByLearningRateMoments(count)]
         after[place] = new
-        after[2] = ScaleByLearningRateMoments(
-            chosen(finite, rate.count + 1, rate.count)
-        )
         return like(params, leaves), tuple(after)
 
     on_cpu = name in ("adam", "adamw")
@@ -97,13 +98,12 @@ def adam_rule(b1: float | Schedule, b2: float, eps: float, *, coupled: bool) -> 
     """Adam's direction, its decay ``coupled`` or not."""
 
     def rule(
-        adam: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+        adam: Any, params: PyTree, grads: PyTree, options: dict[str, Any]
     ) -> tuple[Any, Any]:
         keep = at_hand(factor_at("scale_by_adam: b1", b1, adam.count), adam.count)
         weight1, weight2 = bias_weights(keep, b2, adam.count + 1)
-        mu, nu = tree_leaves(adam.mu), tree_leaves(adam.nu)
         done = adamw_kernel(
-            *(params, grads, mu, nu),
+            *map(tree_leaves, (params, grads, adam.mu, adam.nu)),
             weight1=weight1,
             weight2=weight2,
             b1=keep,
@@ -128,9 +128,10 @@ def lion_rule(b1: float, b2: float) -> Rule:
     """Lion's direction."""
 
     def rule(
-        lion: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+        lion: Any, params: PyTree, grads: PyTree, options: dict[str, Any]
     ) -> tuple[Any, Any]:
-        done = lion_kernel(params, grads, tree_leaves(lion.mu), b1=b1, b2=b2, **options)
+        lists = map(tree_leaves, (params, grads, lion.mu))
+        done = lion_kernel(*lists, b1=b1, b2=b2, **options)
         return done.params, ScaleByLionMoments(like(lion.mu, done.mu))
 
     return rule
@@ -140,13 +141,14 @@ def sgd_rule(momentum: float | Schedule, dampening: float, *, nesterov: bool) ->
     """The trace of ``sgd``, or none for a momentum of 0."""
 
     def rule(
-        trace: Any, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+        trace: Any, params: PyTree, grads: PyTree, options: dict[str, Any]
     ) -> tuple[Any, Any]:
         if trace == ():
-            return sgd_kernel(params, grads, **options).params, ()
+            lists = map(tree_leaves, (params, grads))
+            return sgd_kernel(*lists, **options).params, ()
         keep = factor_at("trace: momentum", momentum, trace.count)
         done = sgd_kernel(
-            *(params, grads, tree_leaves(trace.trace)),
+            *map(tree_leaves, (params, grads, trace.trace)),
             momentum=at_hand(keep, trace.count),
             gain=1.0 - dampening * (trace.count > 0).to(torch.float64),
             nesterov=nesterov,
